@@ -1,0 +1,9 @@
+"""Cyto-SSL on MONAI: self-supervised pretraining, slide classification and inference for cytology slides.
+
+The package mirrors MONAI's own layout (``data``, ``transforms``, ``networks``, ``losses``, ``engines``, ``handlers``,
+``metrics``, ``inferers``, ``visualize``), so every class resolves in a bundle configuration by its dotted path.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Ignite engines, through monai.engines."""

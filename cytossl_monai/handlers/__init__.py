@@ -1,0 +1,1 @@
+"""Ignite handlers: online evaluation, collapse monitor, throughput, progress, checkpoints."""

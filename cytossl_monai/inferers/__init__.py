@@ -1,0 +1,1 @@
+"""From a slide to a prediction with its evidence."""

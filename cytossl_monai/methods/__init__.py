@@ -1,0 +1,1 @@
+"""Self-supervised methods, one file a method; ``base.py`` is the contract."""

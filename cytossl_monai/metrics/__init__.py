@@ -1,0 +1,1 @@
+"""Metrics: kNN, linear probe, nuclei detection, bootstrap intervals, calibration."""

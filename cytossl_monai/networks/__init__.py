@@ -1,0 +1,1 @@
+"""Networks: the SR-Transformer, baseline encoders and multiple-instance classifiers."""

@@ -1,0 +1,1 @@
+"""Building blocks: iRPE, sparse attention and the transformer block made of them."""

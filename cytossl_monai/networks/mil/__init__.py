@@ -1,0 +1,1 @@
+"""Multiple-instance classifiers, one file a method, all with one contract."""

@@ -1,0 +1,1 @@
+"""Encoders: the SR-Transformer and the baselines it is compared with."""

@@ -1,0 +1,1 @@
+"""MONAI transforms for cytology: slides to tiles, nuclei, Nuclei-Centered Perturbation, views."""

@@ -1,0 +1,92 @@
+"""Files that are either whole or absent, and fingerprints that tell when one has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["atomic_path", "file_fingerprint", "sha256_file", "write_json", "write_text"]
+
+_SAMPLE_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and renamed, on failure removed.
+
+    A killed process or a full disk leaves the old file, or none: never half of a new one.
+
+    Args:
+        path: final path. Its folder is created.
+
+    Yields:
+        a temporary path in the same folder with the same suffix, to be written by the caller.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes private files; the result gets the permissions that open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write ``content`` to ``path`` as indented JSON, atomically.
+
+    Raises:
+        ValueError: when ``content`` holds NaN or infinity, which JSON does not know.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a whole file, in hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_fingerprint(path: str | os.PathLike[str]) -> str:
+    """A short digest of a file's size, first and last mebibyte: cheap on a slide of many gigabytes.
+
+    A directory (MRXS data, DICOM series) is digested by the names and sizes of what it holds.
+
+    Returns:
+        16 hexadecimal digits. A copy of the file has the same ones; the modification time does not count.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for member in sorted(path.rglob("*")):
+            if member.is_file():
+                digest.update(f"{member.relative_to(path)}:{member.stat().st_size}".encode())
+        return digest.hexdigest()[:16]
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with open(path, "rb") as stream:
+        digest.update(stream.read(_SAMPLE_BYTES))
+        if size > 2 * _SAMPLE_BYTES:
+            stream.seek(-_SAMPLE_BYTES, os.SEEK_END)
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

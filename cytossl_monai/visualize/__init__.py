@@ -1,0 +1,1 @@
+"""Pictures and reports: overlays, heatmaps, galleries, report pages."""

@@ -1,0 +1,138 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cytossl_monai.data.slide_table import SlideRecord, encode_labels, read_slide_table, write_slide_table
+from cytossl_monai.utils.errors import TableError
+
+
+def write(tmp_path, text, name="slides.csv", encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_csv_fields(tmp_path):
+    path = write(
+        tmp_path,
+        "slide_id,path,label,patient_id,fold,mpp,stain\na,s/a.tif,1,p1,0,0.25,Pap\nb,/abs/b.svs,,p2,,,\n",
+    )
+    a, b = read_slide_table(path)
+    assert a == SlideRecord("a", tmp_path / "s/a.tif", "1", "p1", 0, 0.25, {"stain": "Pap"})
+    assert (b.path.as_posix(), b.label, b.fold, b.mpp) == ("/abs/b.svs", None, None, None)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_spreadsheet_exports(tmp_path, delimiter):
+    text = "slide_id,path,label\r\n a ,x.tif,NILM\r\n,,\r\nb,y.tif,HSIL\r\n".replace(",", delimiter)
+    records = read_slide_table(write(tmp_path, text, encoding="utf-8-sig"))
+    assert [(r.slide_id, r.label, r.patient_id) for r in records] == [("a", "NILM", "a"), ("b", "HSIL", "b")]
+
+
+def test_labels_that_pandas_would_change(tmp_path):
+    records = read_slide_table(write(tmp_path, "slide_id,path,label\n001,a.tif,01\n2,b.tif,NA\n"))
+    assert [(r.slide_id, r.label) for r in records] == [("001", "01"), ("2", "NA")]
+
+
+def test_quoted_comma_and_newline(tmp_path):
+    (record,) = read_slide_table(write(tmp_path, 'slide_id,path,note\na,"x, y.tif","one\ntwo"\n'))
+    assert record.path.name == "x, y.tif"
+    assert record.extra == {"note": "one\ntwo"}
+
+
+def test_datalist(tmp_path):
+    content = {
+        "name": "set",
+        "training": [{"image": "a.tif", "label": 1, "patient_id": 7}, {"image": "b.ome.tif", "label": 0}],
+        "testing": ["c.svs"],
+    }
+    records = read_slide_table(write(tmp_path, json.dumps(content), "list.json"))
+    assert [(r.slide_id, r.label, r.patient_id, r.extra["split"]) for r in records] == [
+        ("a", "1", "7", "training"),
+        ("b", "0", "b", "training"),
+        ("c", None, "c", "testing"),
+    ]
+    assert records[1].path == tmp_path / "b.ome.tif"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no column slide_id"),
+        ("slide_id,path\n", "no slides"),
+        ("slide,path\na,b\n", "no column slide_id"),
+        ("slide_id,path\na,x.tif\na,y.tif\n", "twice"),
+        ("slide_id,path\na,x.tif\nA,y.tif\n", "twice"),
+        ("slide_id,path\n,x.tif\n", "slide_id is empty"),
+        ("slide_id,path\na/b,x.tif\n", "cannot be a file name"),
+        ("slide_id,path\n..,x.tif\n", "cannot be a file name"),
+        ("slide_id,path\na,\n", "no path"),
+        ("slide_id,path,mpp\na,x,abc\n", "no number"),
+        ("slide_id,path,mpp\na,x,nan\n", "no number"),
+        ("slide_id,path,mpp\na,x,0\n", "micrometres per pixel"),
+        ("slide_id,path,fold\na,x,1.5\n", "whole number"),
+        ("slide_id,path\na,x,y\n", "more values"),
+        ("slide_id,path,path\na,x,y\n", "column twice"),
+        ("slide_id,path,patient_id,fold\na,x,p,0\nb,y,p,1\n", "patient p is on both sides"),
+        ("slide_id,path,patient_id,split\na,x,p,train\nb,y,p,test\n", "patient p is on both sides"),
+    ],
+)
+def test_malformed_tables(tmp_path, text, says):
+    path = write(tmp_path, text)
+    with pytest.raises(TableError, match=says) as caught:
+        read_slide_table(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_binary_tables(tmp_path):
+    with pytest.raises(TableError, match="does not exist"):
+        read_slide_table(tmp_path / "none.csv")
+    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(TableError, match="UTF-8"):
+        read_slide_table(tmp_path / "x.csv")
+    with pytest.raises(TableError, match="JSON"):
+        read_slide_table(write(tmp_path, "{", "x.json"))
+    with pytest.raises(TableError, match="no slides"):
+        read_slide_table(write(tmp_path, "3", "x.json"))
+    with pytest.raises(TableError, match="no path"):
+        read_slide_table(write(tmp_path, '[{"label": 1}]', "x.json"))
+
+
+def test_patient_column_missing_is_said(tmp_path, caplog):
+    read_slide_table(write(tmp_path, "slide_id,path,label\na,x,0\nb,y,1\n"))
+    assert "no column patient_id" in caplog.text
+
+
+def test_encode_labels(tmp_path):
+    table = "slide_id,path,label,patient_id\n" + "".join(f"s{i},x,{n},p\n" for i, n in enumerate([10, 2, 10, 0]))
+    records = read_slide_table(write(tmp_path, table))
+    numbers, classes = encode_labels(records)
+    assert classes == ["0", "2", "10"]
+    assert numbers.dtype == np.int64
+    assert numbers.tolist() == [2, 1, 2, 0]
+    assert encode_labels(records, ["10", "2", "0"])[0].tolist() == [0, 1, 0, 2]
+    with pytest.raises(TableError, match=r"slide s1 has the label '2', which is none of the classes"):
+        encode_labels(records, ["0", "10"])
+    with pytest.raises(ValueError, match="twice"):
+        encode_labels(records, ["0", "0"])
+
+
+def test_encode_labels_missing(tmp_path):
+    records = read_slide_table(write(tmp_path, "slide_id,path,label\na,x,\nb,y,1\n"))
+    with pytest.raises(TableError, match="slide a without a label"):
+        encode_labels(records)
+
+
+def test_write_then_read(tmp_path):
+    records = [
+        SlideRecord("a", tmp_path / "in/a.tif", "x,y", "p", 2, 0.25, {"note": "n"}),
+        SlideRecord("b", tmp_path.parent / "b.tif", None, "q"),
+    ]
+    path = write_slide_table(tmp_path / "out.csv", records)
+    back = read_slide_table(path)
+    assert back[0] == records[0]
+    assert (back[1].slide_id, back[1].path, back[1].fold) == ("b", records[1].path, None)
+    assert pd.read_csv(path)["path"].tolist() == ["in/a.tif", str(tmp_path.parent / "b.tif")]

@@ -1,0 +1,1 @@
+"""One file a library that reads slides. They share `base.Backend`; `data.slides.open_slide` picks among them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,3 +125,17 @@ class SSLMethod(nn.Module):
         if self._joins_views and len(views) > 1 and len({view.shape[1:] for view in views}) == 1:
             return list(encoder(torch.cat(list(views))).split([len(view) for view in views]))
         return [encoder(view) for view in views]
+
+    @staticmethod
+    def encode_jointly(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
+        """Embed all views, those of one size in one batch, as multi-crop does.
+
+        Args:
+            encoder: ``self.student`` or a teacher of it.
+            views: list of (B, 3, H, W); views of one size stand side by side.
+
+        Returns:
+            (len(views) * B, D), in the order of the views.
+        """
+        runs = [list(run) for _, run in itertools.groupby(views, key=lambda view: view.shape[-2:])]
+        return torch.cat([encoder(torch.cat(run)) for run in runs])

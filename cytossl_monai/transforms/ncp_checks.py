@@ -1,0 +1,108 @@
+"""Checks of what goes into a perturbation or a view: one sentence that names the key, what came and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_images", "check_masks", "check_mpp"]
+
+
+def check_images(images: Any, key: str = "images", dims: int = 4) -> None:
+    """Images have 1 or 3 channels, are uint8 or floating point in [0, 1], and hold no NaN.
+
+    Args:
+        images: (B, C, H, W), or (C, H, W) for ``dims`` 3.
+        key: what to call them in a message.
+        dims: how many dimensions are wanted.
+
+    Raises:
+        ValueError: where they are not.
+    """
+    wanted = "(batch, 3 or 1, height, width)" if dims == 4 else "(3 or 1, height, width)"
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{key} is a {type(images).__name__}; allowed is a tensor of shape {wanted}")
+    shape = tuple(images.shape)
+    if images.ndim != dims or shape[-3] not in (1, 3) or 0 in shape[-2:]:
+        raise ValueError(f"{key} has the shape {shape}; allowed is {wanted}, channel first, with at least one pixel")
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"{key} has the dtype {images.dtype}; allowed is uint8, or floating point in [0, 1]")
+    if images.numel() == 0:
+        return
+    low, high = torch.aminmax(images.detach())
+    low_value, high_value = float(low), float(high)
+    if low_value != low_value or high_value != high_value:  # NaN is not equal to itself
+        bad = images.isnan().flatten(1).any(1).nonzero().flatten().tolist() if dims == 4 else []
+        where = f" (tile {bad[0]} of the batch)" if bad else ""
+        raise ValueError(f"{key} holds NaN{where}; allowed are numbers in [0, 1]")
+    if low_value < 0.0 or high_value > 1.0:
+        raise ValueError(
+            f"{key} ranges from {low_value:g} to {high_value:g}; allowed is [0, 1] for floating point: "
+            "divide by 255, or give uint8"
+        )
+
+
+def check_masks(masks: Any, images: Tensor, key: str = "masks") -> Tensor:
+    """A mask has its image's batch and size, one channel, and the values 0 and 1 alone.
+
+    Args:
+        masks: (..., 1, H, W) or (..., H, W), of any dtype.
+        images: (..., C, H, W), already checked.
+        key: what to call the masks in a message.
+
+    Returns:
+        (..., 1, H, W) bool on the images' device.
+
+    Raises:
+        ValueError: where it is not so.
+    """
+    wanted = (*images.shape[:-3], 1, *images.shape[-2:])
+    if not isinstance(masks, Tensor):
+        raise ValueError(f"{key} is a {type(masks).__name__}; allowed is a tensor of shape {wanted}")
+    if masks.ndim == images.ndim - 1:
+        masks = masks.unsqueeze(-3)
+    if tuple(masks.shape) != wanted:
+        raise ValueError(f"{key} has the shape {tuple(masks.shape)}; allowed is {wanted}, the size of its image")
+    if masks.dtype != torch.bool:
+        binary = masks != 0
+        if not torch.equal(binary.to(masks.dtype), masks):
+            low, high = (float(v) for v in torch.aminmax(masks.float()))
+            raise ValueError(
+                f"{key} has other values than 0 and 1 (from {low:g} to {high:g}); allowed are 0 and 1 alone: "
+                "compare an instance map or a probability with a threshold first"
+            )
+        masks = binary
+    return masks.to(images.device)
+
+
+def check_mpp(mpp: Any, batch: int, key: str = "mpp") -> Tensor:
+    """``mpp`` is positive and finite, one for all or one a sample.
+
+    Args:
+        mpp: a number, or a tensor of one or ``batch`` elements; micrometres per pixel.
+        batch: number of samples.
+        key: what to call it in a message.
+
+    Returns:
+        (batch,) float32 on the CPU.
+
+    Raises:
+        ValueError: where it is missing or not so.
+    """
+    if mpp is None:
+        raise ValueError(
+            f"{key} is missing; lengths are given in micrometres, so the micrometres per pixel (> 0) must be known"
+        )
+    try:
+        values = torch.as_tensor(mpp, dtype=torch.float32).detach().cpu().flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{key} is {mpp!r}; allowed are micrometres per pixel, > 0") from error
+    if len(values) not in (1, batch):
+        raise ValueError(f"{key} has {len(values)} values for {batch} samples; allowed is one for all or one a sample")
+    if not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise ValueError(f"{key} is {values.tolist()[:4]}; allowed are micrometres per pixel, finite and > 0")
+    return values.expand(batch).contiguous()

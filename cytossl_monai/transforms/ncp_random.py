@@ -1,0 +1,111 @@
+"""Counter-based random numbers: a pure function of (seed, stream, position), the same on every device and batch size.
+
+A ``torch.Generator`` gives other numbers on a GPU than on a CPU, and other ones to the third sample of a batch than to
+the same sample alone. Here every sample has a seed of its own and every number is a hash of that seed, the name of
+what it is for (its stream) and its position. So a sample is perturbed alike alone, in a batch and on another device,
+without a loop over samples. The hash is the finaliser of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom
+number generators", OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw_seeds", "hash_noise", "hash_uniform", "mix64"]
+
+
+def _signed(value: int) -> int:
+    """The 64-bit pattern of ``value`` as the signed integer that torch's int64 holds."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _stream_key(stream: int) -> int:
+    """A far-apart offset for every stream."""
+    return _signed(stream * 0xBF58476D1CE4E5B9 & (1 << 64) - 1)
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _xor_shift_(x: Tensor, shift: int) -> Tensor:
+    """``x ^= x >>> shift`` in place; torch shifts int64 arithmetically, so the copied sign bits are masked off."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+
+
+def mix64(x: Tensor) -> Tensor:
+    """Scramble 64-bit integers with the finaliser of SplitMix64.
+
+    Args:
+        x: int64 tensor of any shape; not written to.
+
+    Returns:
+        int64 tensor of the same shape. Multiplications wrap around, as they do in C for unsigned integers.
+    """
+    x = x.clone()
+    _xor_shift_(x, 30).mul_(_MIX_1)
+    _xor_shift_(x, 27).mul_(_MIX_2)
+    return _xor_shift_(x, 31)
+
+
+def draw_seeds(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """One seed a sample.
+
+    Args:
+        count: number of seeds.
+        generator: where they come from (any device); None takes torch's global CPU generator.
+
+    Returns:
+        (count,) int64 in [0, 2**62), on the CPU, so that what is drawn from them costs no device synchronisation.
+    """
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(0, 1 << 62, (count,), generator=generator, device=device).cpu()
+
+
+def hash_uniform(seeds: Tensor, stream: int, count: int) -> Tensor:
+    """Uniform numbers.
+
+    Args:
+        seeds: (B,) int64, one seed a sample.
+        stream: which use they are for; two streams of one seed are independent.
+        count: how many a sample.
+
+    Returns:
+        (B, count) float64 in [0, 1), on the seeds' device.
+    """
+    position = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device) * _GOLDEN
+    keys = mix64(mix64(seeds + _stream_key(stream)).unsqueeze(1) + position)
+    return ((keys >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
+def hash_noise(seeds: Tensor, stream: int, channels: int, height: int, width: int) -> Tensor:
+    """White noise fields, near to normal.
+
+    Each value is the sum of three uniform 7-bit numbers, centred and scaled: exact integer arithmetic, hence equal
+    bits on every device. Mean 0, standard deviation 1, bounded by 3, excess kurtosis -0.4.
+
+    Args:
+        seeds: (B,) int64, one seed a sample.
+        stream: which use it is for.
+        channels: independent fields a sample.
+        height: rows.
+        width: columns.
+
+    Returns:
+        (B, channels, height, width) float32, on the seeds' device.
+    """
+    pixel = torch.arange(1, height * width + 1, dtype=torch.int64, device=seeds.device) * _GOLDEN
+    out = torch.empty(len(seeds), channels, height * width, device=seeds.device)
+    for first in range(0, channels, 3):  # one hash holds three channels of 21 bits
+        keys = mix64(mix64(seeds + _stream_key(stream + first)).unsqueeze(1) + pixel)
+        for channel in range(first, min(first + 3, channels)):
+            field = keys & 127
+            for _ in range(2):
+                keys >>= 7
+                field += keys & 127
+            keys >>= 7
+            out[:, channel] = field
+    # A uniform number of {0..127} has the variance (128^2 - 1) / 12; three of them have the mean 190.5.
+    return out.sub_(190.5).mul_(((128**2 - 1) / 4) ** -0.5).view(len(seeds), channels, height, width)

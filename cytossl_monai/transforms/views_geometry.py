@@ -1,0 +1,147 @@
+"""Where a view is cut: random resized crops, flips and quarter turns of a whole batch as one resampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cytossl_monai.transforms.functional import blur
+
+__all__ = ["CropBoxes", "cut_views", "draw_boxes"]
+
+_CPU_CHUNK = 16  # samples at a time on a CPU; see ncp_core
+_NUCLEUS_CELL = 8  # pixels a side of the cells among which the nucleus that a crop is centred on is drawn
+_ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is smoothed first; bilinear sampling alone is fine below
+
+
+@dataclass
+class CropBoxes:
+    """Where each sample of a batch is cut; all on the CPU.
+
+    Args:
+        centre: (B, 2) float64, x and y in pixels of the tile, the left and upper border at 0.
+        size: (B, 2) float64, width and height in pixels of the tile.
+        axes: (B, 2, 2) float64: a signed permutation that turns and mirrors the view.
+    """
+
+    centre: Tensor
+    size: Tensor
+    axes: Tensor
+
+
+def draw_boxes(
+    drawn: Tensor,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool = True,
+    turn: bool = True,
+    nuclei: Tensor | None = None,
+    nucleus_prob: float = 0.0,
+) -> CropBoxes:
+    """Draw a crop a sample.
+
+    Args:
+        drawn: (B, 10) float64 in [0, 1), the random numbers to use.
+        height: of the tiles, pixels.
+        width: of the tiles, pixels.
+        scale: least and largest part of the tile's area.
+        ratio: least and largest width to height.
+        flip: mirror half of the samples.
+        turn: turn by 0, 90, 180 or 270 degrees, each as likely.
+        nuclei: (B, 1, H, W) bool, to centre crops on.
+        nucleus_prob: part of the crops that are centred on a nucleus, as far as the tile's border allows. A tile
+            without nuclei is cut anywhere.
+
+    Returns:
+        Boxes that lie within the tile.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * drawn[:, 0])
+    aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * drawn[:, 1])
+    box_w = (area * aspect).sqrt().clamp(1.0, width)
+    box_h = (area / box_w).clamp(1.0, height)
+    centre_x = box_w / 2 + (width - box_w) * drawn[:, 2]
+    centre_y = box_h / 2 + (height - box_h) * drawn[:, 3]
+    if nuclei is not None and nucleus_prob > 0.0:
+        cells = F.max_pool2d(nuclei.to(torch.float32), _NUCLEUS_CELL, ceil_mode=True)[:, 0].cpu()
+        across = cells.shape[-1]
+        running = cells.flatten(1).to(torch.float64).cumsum(1)
+        total = running[:, -1:]
+        picked = torch.searchsorted(running, drawn[:, 4:5] * total, right=True).clamp_(max=running.shape[1] - 1)[:, 0]
+        at_x = ((picked % across) + drawn[:, 5]) * _NUCLEUS_CELL
+        at_y = ((picked // across) + drawn[:, 6]) * _NUCLEUS_CELL
+        use = (total[:, 0] > 0) & (drawn[:, 7] < nucleus_prob)
+        centre_x = torch.where(use, torch.minimum(torch.maximum(at_x, box_w / 2), width - box_w / 2), centre_x)
+        centre_y = torch.where(use, torch.minimum(torch.maximum(at_y, box_h / 2), height - box_h / 2), centre_y)
+    quarter = (drawn[:, 8] * 4).to(torch.int64) if turn else torch.zeros(len(drawn), dtype=torch.int64)
+    cos = torch.tensor([1.0, 0.0, -1.0, 0.0], dtype=torch.float64)[quarter]
+    sin = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)[quarter]
+    mirror = torch.where(drawn[:, 9] < 0.5, -1.0, 1.0) if flip else torch.ones(len(drawn), dtype=torch.float64)
+    axes = torch.stack([torch.stack([mirror * cos, -sin], 1), torch.stack([mirror * sin, cos], 1)], 1)
+    return CropBoxes(torch.stack([centre_x, centre_y], 1), torch.stack([box_w, box_h], 1), axes)
+
+
+def _grid(boxes: CropBoxes, rows: slice, out: int, height: int, width: int, device: torch.device) -> Tensor:
+    """(n, out, out, 2) sampling positions in [-1, 1], as ``grid_sample`` takes them (``align_corners=False``)."""
+    tile = torch.tensor([width, height], dtype=torch.float64)
+    middle = (2.0 * boxes.centre[rows] / tile - 1.0).to(torch.float32).to(device)
+    steps = ((boxes.size[rows] / tile).unsqueeze(-1) * boxes.axes[rows]).to(torch.float32).to(device)
+    line = (torch.arange(out, device=device, dtype=torch.float32) * 2.0 + 1.0) / out - 1.0
+    grid = torch.empty(len(middle), out, out, 2, device=device)
+    for axis in (0, 1):
+        along_x = middle[:, axis, None] + steps[:, axis, 0, None] * line
+        along_y = steps[:, axis, 1, None] * line
+        torch.add(along_x.unsqueeze(1), along_y.unsqueeze(2), out=grid[..., axis])
+    return grid
+
+
+def cut_views(
+    tiles: Tensor, masks: Tensor | None, boxes: list[CropBoxes], sizes: list[int]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Cut several views of each tile, image and mask in one resampling.
+
+    Colours are interpolated bilinearly; tiles that are shrunk by more than 1.5 are smoothed first, so that nothing
+    aliases. A pixel of the mask is nuclear where more than half of what is interpolated is.
+
+    Args:
+        tiles: (B, C, H, W), uint8 or floating point in [0, 1].
+        masks: (B, 1, H, W) bool; None cuts no masks.
+        boxes: where to cut, one for each view.
+        sizes: side of each view in pixels.
+
+    Returns:
+        For each view: (B, C, side, side) float32 in [0, 1], and (B, 1, side, side) bool or None.
+    """
+    batch, channels, height, width = tiles.shape
+    device = tiles.device
+    views: list[tuple[Tensor, Tensor | None]] = []
+    for side in sizes:
+        mask = None if masks is None else torch.empty(batch, 1, side, side, dtype=torch.bool, device=device)
+        views.append((torch.empty(batch, channels, side, side, device=device), mask))
+    step = _CPU_CHUNK if device.type == "cpu" else max(batch, 1)
+    for start in range(0, batch, step):
+        rows = slice(start, min(start + step, batch))
+        colours = tiles[rows].to(torch.float32)
+        if tiles.dtype == torch.uint8:
+            colours = colours.div_(255.0)
+        source = colours if masks is None else torch.cat([colours, masks[rows].to(torch.float32)], 1)
+        for box, side, (view, mask) in zip(boxes, sizes, views, strict=True):
+            shrink = box.size[rows].amax(1) / side
+            picture = source
+            coarse = (shrink > _ALIAS_FACTOR).nonzero().squeeze(1)
+            if len(coarse):
+                picture = source.clone()
+                at = coarse.to(device)
+                sigma = 0.5 * (shrink[coarse].square() - 1.0).sqrt()
+                picture[at, :channels] = blur(colours[at], sigma.to(torch.float32))
+            grid = _grid(box, rows, side, height, width, device)
+            cut = F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
+            torch.clamp(cut[:, :channels], 0.0, 1.0, out=view[rows])
+            if mask is not None:
+                torch.gt(cut[:, channels:], 0.5, out=mask[rows])
+    return views

@@ -1,0 +1,83 @@
+"""BatchedNCP: nuclei stay, seeds decide, samples do not see each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cytossl_monai.transforms.ncp_settings import OP_NAMES, PRESETS
+from cytossl_monai.transforms.perturbation import BatchedNCP
+
+
+def tiles_and_masks(batch: int = 5, size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    tiles = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    masks = torch.zeros(batch, 1, size, size, dtype=torch.bool)
+    masks[:, :, 10:20, 12:25] = True
+    return tiles, masks
+
+
+ALONE = {name: {"prob": 0.8, "strength": 1.0} for name in OP_NAMES if name != "swap"}
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+def test_each_op_changes_the_background_and_no_nucleus(name: str, dtype: torch.dtype) -> None:
+    tiles, masks = tiles_and_masks()
+    images = tiles if dtype == torch.uint8 else (tiles.float() / 255).to(dtype)
+    before = images.clone()
+    out = BatchedNCP({name: {"prob": 1.0, "strength": 1.0}})(images, masks, 0.5)
+    inside = masks.expand_as(out)
+    assert out.dtype == dtype
+    assert torch.equal(images, before)
+    assert torch.equal(out[inside], images[inside])
+    assert all((out[i] != images[i]).any() for i in range(len(out)))
+    assert out.float().min() >= 0
+    assert out.float().max() <= (255 if dtype == torch.uint8 else 1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_same_generator_same_pixels(preset: str) -> None:
+    tiles, masks = tiles_and_masks()
+    ncp = BatchedNCP(preset)
+    first, again, other = (ncp(tiles, masks, 0.5, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_sample_is_perturbed_alone_as_in_a_batch() -> None:
+    tiles, masks = tiles_and_masks(7, 50)
+    mpp = torch.linspace(0.2, 1.0, 7)
+    seeds = torch.arange(7) * 977 + 5
+    ncp = BatchedNCP(ALONE)
+    whole = ncp(tiles, masks, mpp, seeds=seeds)
+    for i in range(7):
+        one = slice(i, i + 1)
+        assert torch.equal(ncp(tiles[one], masks[one], mpp[one], seeds=seeds[one]), whole[one])
+
+
+def test_no_swap_in_a_batch_of_one() -> None:
+    tiles, masks = tiles_and_masks(1)
+    out = BatchedNCP({"swap": {"prob": 1.0, "strength": 1.0}})(tiles, masks, 0.5)
+    assert torch.equal(out, tiles)
+
+
+def test_swap_brings_no_nuclei_of_the_donor() -> None:
+    tiles = torch.full((2, 3, 64, 64), 230, dtype=torch.uint8)
+    masks = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    for row, place in enumerate((slice(8, 20), slice(40, 52))):
+        tiles[row, :, place, place] = 40
+        masks[row, :, place, place] = True
+    out = BatchedNCP({"swap": {"prob": 1.0, "strength": 1.0}}, margin_um=1.0)(tiles, masks, 0.5)
+    assert ((out < 100) == masks.expand_as(out)).all()
+
+
+def test_empty_tiles_are_kept_perturbed_or_dropped() -> None:
+    tiles, masks = tiles_and_masks(4)
+    masks[2] = False
+    noise = {"noise": {"prob": 1.0, "strength": 1.0}}
+    kept = BatchedNCP(noise, empty="keep")(tiles, masks, 0.5)
+    assert torch.equal(kept[2], tiles[2])
+    assert not torch.equal(kept[1], tiles[1])
+    assert not torch.equal(BatchedNCP(noise, empty="perturb")(tiles, masks, 0.5)[2], tiles[2])
+    assert BatchedNCP(noise, empty="drop")(tiles, masks, 0.5).shape[0] == 3
+    assert BatchedNCP.kept(masks).tolist() == [0, 1, 3]

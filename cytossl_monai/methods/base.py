@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cytossl_monai.methods.batchnorm import synchronise_batchnorm
 from cytossl_monai.methods.momentum import follow, make_teacher, set_teacher_mode
 
-__all__ = ["SSLMethod", "Views"]
+__all__ = ["SSLMethod", "Views", "has_patches", "require_tokens", "token_width"]
 
 Views = Mapping[str, Sequence[Tensor]]
 """``global`` and ``local``: lists of (B, 3, H, W) float32 in [0, 1]; ``nuclei``: list of (B, 1, H, W) bool."""
@@ -137,5 +137,34 @@ class SSLMethod(nn.Module):
         Returns:
             (len(views) * B, D), in the order of the views.
         """
-        runs = [list(run) for _, run in itertools.groupby(views, key=lambda view: view.shape[-2:])]
-        return torch.cat([encoder(torch.cat(run)) for run in runs])
+        return torch.cat([encoder(torch.cat(run)) for run in SSLMethod.runs(views)])
+
+    @staticmethod
+    def runs(views: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Views in groups of one size, in their order."""
+        return [list(run) for _, run in itertools.groupby(views, key=lambda view: view.shape[-2:])]
+
+
+def has_patches(encoder: nn.Module) -> bool:
+    """Whether an encoder cuts images into patches (ViT, SR-Transformer), told by its module ``patch_embedding``."""
+    return any(name.rsplit(".", 1)[-1] == "patch_embedding" for name, _ in encoder.named_modules())
+
+
+def require_tokens(encoder: nn.Module, method: str) -> None:
+    """Refuse an encoder that has no tokens.
+
+    Raises:
+        ValueError: names the backbones that serve.
+    """
+    if not (hasattr(encoder, "forward_tokens") and has_patches(encoder)):
+        network = type(getattr(encoder, "network", encoder)).__name__
+        raise ValueError(
+            f"{method} masks patches, which {network} does not have: use a ViT or an SR-Transformer "
+            "(backbone vit_small, sr_vit_tiny, sr_vit_small or sr_vit_base). MoCo v3, SimCLR, BYOL and DINO take any"
+        )
+
+
+def token_width(encoder: nn.Module) -> int:
+    """Width of one token; an embedding of class token and mean side by side is twice as wide."""
+    halves = 2 if getattr(encoder, "pool", "cls") == "cls+mean" else 1
+    return int(getattr(encoder, "embed_dim")) // halves  # noqa: B009 - mypy sees a Tensor or a Module

@@ -134,8 +134,8 @@ class ImageFolder(Dataset[Item]):
         source: see ``list_images``; or a list of ``ImageRecord``.
         size: side of the images it gives, pixels.
         mpp: micrometres per pixel of the files. A number: one for all.
-        fit: ``"square"``: the whole image (or a crop of ``crop`` pixels around x, y where the record has them), padded to
-            a square and resized to ``size``; ``mpp`` changes with it. ``"tile"``: large frames are cut into a grid of
+        fit: ``"square"``: the whole image (or ``crop`` pixels around x, y where the record has them), padded to a
+            square and resized to ``size``; ``mpp`` changes with it. ``"tile"``: large frames are cut into a grid of
             tiles of ``size`` pixels read at ``tile_mpp``, each an item of its own.
         crop: side in pixels of the file of what is cut out around a record's centre.
         tile_mpp: with ``fit="tile"``, the scale to read at; default: the file's own.

@@ -10,16 +10,38 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["barrier", "init_distributed", "is_main", "rank", "shutdown_distributed", "unwrap", "world_size", "wrap"]
+from cytossl_monai.engines.accumulation import checkpoint_blocks
+
+__all__ = [
+    "barrier",
+    "init_distributed",
+    "is_main",
+    "prepare",
+    "rank",
+    "shutdown_distributed",
+    "unwrap",
+    "world_size",
+    "wrap",
+]
 
 
-def rank() -> int:
-    """Number of this process; 0 where there is only one."""
+def rank(device: torch.device | None = None) -> int:
+    """Number of this process; 0 where there is only one.
+
+    Args:
+        device: what ``init_distributed`` gave; not looked at. A configuration names it so that it is made first.
+    """
+    del device
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """Number of processes."""
+def world_size(device: torch.device | None = None) -> int:
+    """Number of processes.
+
+    Args:
+        device: as for ``rank``.
+    """
+    del device
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -102,6 +124,28 @@ def wrap(
     # Teachers and running statistics move alike in all processes, and batch normalisation synchronises by itself.
     options.setdefault("broadcast_buffers", False)
     return DistributedDataParallel(method, device_ids=ids, find_unused_parameters=find_unused_parameters, **options)
+
+
+def prepare(
+    method: nn.Module,
+    device: torch.device | str,
+    strategy: Literal["ddp", "fsdp"] = "ddp",
+    activation_checkpointing: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Put a method on its device, switch activation checkpointing on, and wrap it for several processes.
+
+    Args:
+        method: the method.
+        device: where it trains.
+        strategy: see ``wrap``.
+        activation_checkpointing: recompute the encoder's blocks in the backward pass: less memory, more time.
+        options: further arguments of ``wrap``.
+    """
+    if activation_checkpointing:
+        encoder: Any = method.encoder
+        checkpoint_blocks(encoder)
+    return wrap(method.to(device), strategy, **options)
 
 
 def unwrap(network: nn.Module) -> nn.Module:

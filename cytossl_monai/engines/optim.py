@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from cytossl_monai.engines.distributed import unwrap
+
 __all__ = ["LARS", "build_optimizer", "is_undecayed", "layer_of", "param_groups", "scaled_lr", "set_hyperparameters"]
 
 UNDECAYED_NAMES = ("cls_token", "mask_token", "pos_embed", "position", "rpe", "register", "token", "temperature")
@@ -63,6 +65,7 @@ def param_groups(
     Returns:
         parameter groups for an optimiser, with ``name`` for logs. Their order depends on the architecture only.
     """
+    method = unwrap(method)
     encoder = getattr(method, "encoder", None)
     inside = {id(p): name for name, p in encoder.named_parameters()} if isinstance(encoder, nn.Module) else {}
     depth = encoder_depth(encoder) if isinstance(encoder, nn.Module) else 0
@@ -120,7 +123,7 @@ def build_optimizer(
     """The optimiser of a method.
 
     Args:
-        method: what is trained, already on its device.
+        method: what is trained, already on its device, wrapped or not.
         name: ``"adamw"`` (fused on CUDA), ``"lars"`` or ``"sgd"``.
         lr: learning rate; a schedule sets it anew at every step.
         weight_decay: see ``param_groups``.

@@ -247,8 +247,9 @@ class SSLTrainer(Trainer):
         stepped = self._optimise(output)
         if stepped:
             self.method.update((step + 1) / self.total_steps)
+        self.state.output = output
         self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return output
+        return dict(self.state.output)
 
     def make_views(self, batchdata: Any, step: int) -> dict[str, Any]:
         """The views of a batch, made on the device and determined by (seed, step, group of samples).
@@ -375,7 +376,7 @@ class SSLTrainer(Trainer):
         )
 
     def report(self, **figures: float) -> None:
-        """Publish figures: into ``state.metrics``, which MONAI's TensorBoard and MLflow handlers log, and to the sinks."""
+        """Publish figures: into ``state.metrics``, which MONAI's handlers log once an epoch, and to the sinks."""
         numbers = {name: float(value) for name, value in figures.items()}
         self.state.metrics.update(numbers)
         if is_main():

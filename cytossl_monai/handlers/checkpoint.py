@@ -1,0 +1,108 @@
+"""Checkpoints during a run: the last few, and the best by a figure."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Events
+
+from cytossl_monai.engines.distributed import barrier, is_main
+from cytossl_monai.engines.resume import find_checkpoints, save_checkpoint
+from cytossl_monai.engines.ssl_trainer import SSLTrainer
+
+__all__ = ["CheckpointHandler"]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointHandler:
+    """Saves the run every so often, keeps the newest files and the best one.
+
+    Files are ``step_<8 digits>.pt`` and ``best.pt``. Each is written under another name and renamed when it is whole;
+    an older one is deleted only after that. Resuming is the trainer's: give it the same folder as ``checkpoint_dir``.
+    Attach it after the handlers that compute ``best_metric``.
+
+    Args:
+        save_dir: the folder.
+        every_epochs: epochs between two checkpoints; 0: none at the end of epochs.
+        every_steps: steps between two checkpoints; 0: none within epochs.
+        keep_last: how many of the newest are kept, at least 1.
+        best_metric: figure that the trainer reports, of which the largest value is kept as ``best.pt``; None: no best.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str],
+        every_epochs: int = 1,
+        every_steps: int = 0,
+        keep_last: int = 2,
+        best_metric: str | None = "knn",
+    ) -> None:
+        if keep_last < 1 or every_epochs < 0 or every_steps < 0:
+            raise ValueError("keep_last must be at least 1, every_epochs and every_steps not negative")
+        self.save_dir = Path(save_dir)
+        self.every_epochs, self.every_steps, self.keep_last = every_epochs, every_steps, keep_last
+        self.best_metric = best_metric
+        self.best: dict[str, float] = {}
+        self._fresh: float | None = None
+
+    def attach(self, engine: SSLTrainer) -> None:
+        """Save at the chosen steps, at the ends of epochs and at the end of the run."""
+        engine.stateful["checkpoint"] = self
+        engine.sinks.append(self._notice)
+        if self.every_steps:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every_steps), self.save)
+        if self.every_epochs:
+            engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.every_epochs), self.save)
+        engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def _notice(self, step: int, epoch: int, figures: dict[str, float]) -> None:
+        """Remember a new value of the figure that counts; the next save decides on it."""
+        del step, epoch
+        if self.best_metric in figures:
+            self._fresh = figures[self.best_metric]
+
+    def save(self, engine: SSLTrainer) -> None:
+        """Write a checkpoint of this step, unless there is one. Called in all processes; the first one writes."""
+        step = engine.state.iteration
+        path = self.save_dir / f"step_{step:08d}.pt"
+        improved = is_main() and self._fresh is not None and self._fresh > self.best.get("value", float("-inf"))
+        if improved and self._fresh is not None:
+            self.best = {"value": self._fresh, "step": float(step)}
+        self._fresh = None
+        if engine.last_checkpoint == path or step == 0:
+            if improved and path.exists():
+                self._link_best(path)
+            return
+        engine.ensure_finite()
+        save_checkpoint(engine, path)
+        barrier()
+        engine.last_checkpoint = path
+        if is_main():
+            if improved:
+                self._link_best(path)
+            for old in find_checkpoints(self.save_dir)[self.keep_last :]:
+                old.unlink(missing_ok=True)
+            logger.info("Saved %s.", path)
+
+    def _link_best(self, path: Path) -> None:
+        """``best.pt`` is another name of the same file: no second copy on the disk."""
+        partial = self.save_dir / ".best.partial.pt"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:  # a file system without hard links
+            partial.write_bytes(path.read_bytes())
+        os.replace(partial, self.save_dir / "best.pt")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best figure so far and its step."""
+        return {"best": dict(self.best)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the best figure of the run that is resumed."""
+        self.best = dict(state["best"])

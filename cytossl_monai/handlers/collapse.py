@@ -1,0 +1,113 @@
+"""Is the representation collapsing? Figures that tell early, and a warning in words."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+
+import torch
+from ignite.engine import Events
+from torch import Tensor
+from torch.nn import functional as F
+
+from cytossl_monai.engines.ssl_trainer import SSLTrainer
+
+__all__ = ["CollapseMonitor", "feature_spread", "rankme"]
+
+logger = logging.getLogger(__name__)
+
+
+def feature_spread(features: Tensor) -> float:
+    """Standard deviation of normalised features times sqrt(D), averaged over dimensions.
+
+    1 for features spread evenly over the sphere, 0 when all images get the same one (Chen and He, SimSiam, CVPR 2021).
+
+    Args:
+        features: (N, D), N >= 2.
+    """
+    normalised = F.normalize(features.double(), dim=1)
+    return float(normalised.std(dim=0).mean()) * math.sqrt(features.shape[1])
+
+
+def rankme(features: Tensor, eps: float = 1.0e-7) -> float:
+    """Effective rank: exp of the entropy of the normalised singular values (Garrido et al., RankMe, ICML 2023).
+
+    Args:
+        features: (N, D).
+        eps: keeps the logarithm finite.
+
+    Returns:
+        between 1 (one direction) and min(N, D) (all alike).
+    """
+    values = torch.linalg.svdvals(features.double())
+    share = values / values.sum().clamp_min(1e-30) + eps
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+class CollapseMonitor:
+    """Reports ``feature_std``, ``rankme`` and, where the method gives it, ``teacher_entropy``; warns when they fall.
+
+    Features of the last steps are pooled until there are ``samples``, as the rank cannot exceed their number.
+
+    Args:
+        every_steps: steps between two looks.
+        samples: features to pool.
+        min_spread: below it, complete collapse: all images get nearly the same feature.
+        min_rank: below this share of the possible rank, dimensional collapse: few directions are used.
+        min_entropy: below this share of the largest entropy, a teacher that sees one class everywhere; above
+            ``1 - min_entropy / 10``, one that tells nothing apart.
+    """
+
+    def __init__(
+        self,
+        every_steps: int = 50,
+        samples: int = 512,
+        min_spread: float = 0.1,
+        min_rank: float = 0.02,
+        min_entropy: float = 0.02,
+    ) -> None:
+        self.every_steps, self.samples = max(1, every_steps), samples
+        self.min_spread, self.min_rank, self.min_entropy = min_spread, min_rank, min_entropy
+        self._pool: deque[Tensor] = deque()
+        self.warnings: list[str] = []
+
+    def attach(self, engine: SSLTrainer) -> None:
+        """Watch a trainer's steps."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+
+    def _step(self, engine: SSLTrainer) -> None:
+        output = engine.state.output
+        if "features" in output:
+            self._pool.append(output["features"].float())
+            while len(self._pool) > 1 and sum(map(len, self._pool)) - len(self._pool[0]) >= self.samples:
+                self._pool.popleft()
+        if engine.state.iteration % self.every_steps and engine.state.iteration != engine.total_steps:
+            return
+        figures = {}
+        if self._pool and sum(map(len, self._pool)) >= 2:
+            features = torch.cat(list(self._pool)).cpu()
+            figures = {"feature_std": feature_spread(features), "rankme": rankme(features)}
+            self._judge(engine.state.iteration, figures, min(features.shape))
+        if "teacher_entropy" in output:
+            figures["teacher_entropy"] = float(output["teacher_entropy"])
+        if figures:
+            engine.report(**figures)
+
+    def _judge(self, step: int, figures: dict[str, float], possible: int) -> None:
+        """Say in words what the figures mean."""
+        if figures["feature_std"] < self.min_spread:
+            self._warn(
+                f"Step {step}: collapse. All images get nearly the same feature (spread {figures['feature_std']:.3f}; 1 is "
+                "healthy). Lower the learning rate, lengthen the warm-up, or raise the teacher's momentum; for DINO, lower "
+                "the teacher's temperature or check the centring."
+            )
+        elif figures["rankme"] < max(1.5, self.min_rank * possible):
+            self._warn(
+                f"Step {step}: dimensional collapse. The features use about {figures['rankme']:.1f} of {possible} "
+                "directions. Larger batches, stronger views or a KoLeo term spread them."
+            )
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        logger.warning(message)

@@ -1,0 +1,77 @@
+"""Every logged figure as one line of a CSV: step, epoch, figure, value."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+from ignite.engine import Events
+
+from cytossl_monai.engines.distributed import is_main
+from cytossl_monai.engines.ssl_trainer import SSLTrainer, scalars
+from cytossl_monai.utils.files import atomic_path
+
+__all__ = ["CSVLog", "read_log"]
+
+HEADER = ("step", "epoch", "figure", "value")
+
+
+class CSVLog:
+    """Appends the figures of a step every ``every_steps`` steps, and whatever handlers report, as it comes.
+
+    One line a figure, because figures come at different times: ``table.pivot(index="step", columns="figure",
+    values="value")`` of pandas makes columns of it. A resumed run first takes out what lies after its step.
+
+    Args:
+        path: the file.
+        every_steps: steps between two lines of the loss and its parts; the last step is always logged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], every_steps: int = 10) -> None:
+        if every_steps < 1:
+            raise ValueError(f"every_steps must be at least 1, got {every_steps}")
+        self.path, self.every_steps = Path(path), every_steps
+
+    def attach(self, engine: SSLTrainer) -> None:
+        """Log steps and reports of a trainer."""
+        if not is_main():
+            return
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.sinks.append(self.write)
+
+    def _start(self, engine: SSLTrainer) -> None:
+        kept = (
+            [row for row in read_log(self.path) if row[0] <= engine.state.iteration] if engine.state.iteration else []
+        )
+        with atomic_path(self.path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(HEADER)
+            writer.writerows(kept)
+
+    def _step(self, engine: SSLTrainer) -> None:
+        step = engine.state.iteration
+        if step % self.every_steps == 0 or step == engine.total_steps or step == 1:
+            self.write(step, engine.state.epoch, scalars(engine.state.output))
+
+    def write(self, step: int, epoch: int, figures: dict[str, float]) -> None:
+        """Append figures; the file is closed in between, so that a killed run loses none."""
+        with open(self.path, "a", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows((step, epoch, name, repr(value)) for name, value in figures.items())
+
+
+def read_log(path: str | os.PathLike[str]) -> list[tuple[int, int, str, float]]:
+    """The lines of a log; a last line that a killed run left half-written is dropped.
+
+    Returns:
+        (step, epoch, figure, value) tuples; none where there is no file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as stream:
+        text = stream.read()
+    whole = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
+    rows = list(csv.reader(whole.splitlines()))[1:]
+    return [(int(step), int(epoch), figure, float(value)) for step, epoch, figure, value in rows]

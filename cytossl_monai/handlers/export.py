@@ -1,0 +1,49 @@
+"""The result of a run: the encoder's weights, its constructor arguments and its normalisation, in one file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Events
+
+from cytossl_monai.engines.distributed import is_main
+from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.networks.nets.encoders import save_encoder
+
+__all__ = ["EncoderExport"]
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderExport:
+    """Writes ``models/model.pt`` at the end of a run.
+
+    Args:
+        path: the file.
+        meta: facts to keep with it, JSON-able.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
+        self.path, self.meta = Path(path), dict(meta or {})
+
+    def attach(self, engine: SSLTrainer) -> None:
+        """Write when the run has finished; a run that was stopped early leaves the old file."""
+        if is_main():
+            engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _write(self, engine: SSLTrainer) -> None:
+        engine.ensure_finite()
+        figures = {k: float(v) for k, v in engine.state.metrics.items() if isinstance(v, int | float)}
+        meta = {
+            **self.meta,
+            "method": type(engine.method).__name__,
+            "steps": int(engine.state.iteration),
+            "epochs": int(engine.state.epoch),
+            "metrics": figures,
+        }
+        save_encoder(self.path, engine.method.encoder, meta)
+        logger.info("Wrote the encoder to %s.", self.path)

@@ -1,0 +1,88 @@
+"""Leaving in good order when the machine asks: save, then exit with a status of its own."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Events
+
+from cytossl_monai.engines.distributed import world_size
+from cytossl_monai.engines.errors import EXIT_PREEMPTED, Preempted
+from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.handlers.checkpoint import CheckpointHandler
+
+__all__ = ["PreemptionHandler"]
+
+logger = logging.getLogger(__name__)
+
+
+class PreemptionHandler:
+    """On SIGTERM (preemptible machines) or SIGUSR1 (SLURM's warning) ends the current step, saves and exits with 75.
+
+    With several processes, they agree every ``every_steps`` steps whether one of them was asked to leave, so that all
+    save the same step.
+
+    Args:
+        checkpoint: the handler that saves.
+        signals: names of the signals to obey.
+        every_steps: steps between two agreements among processes; a single process looks after every step.
+    """
+
+    def __init__(
+        self,
+        checkpoint: CheckpointHandler,
+        signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
+        every_steps: int = 5,
+    ) -> None:
+        self.checkpoint, self.every_steps = checkpoint, every_steps
+        self.signals = [getattr(signal, name) for name in signals]
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def attach(self, engine: SSLTrainer) -> None:
+        """Listen while the run lasts."""
+        engine.add_event_handler(Events.STARTED, self._listen)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
+        engine.add_event_handler(Events.COMPLETED, self._restore)
+
+    def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning("Not in the main thread: signals are not obeyed, SIGTERM will end the run at once.")
+            return
+        self._before = {number: signal.signal(number, self._on_signal) for number in self.signals}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.asked = True
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    def _leaving(self, engine: SSLTrainer) -> bool:
+        if world_size() == 1:
+            return self.asked
+        if engine.state.iteration % self.every_steps:
+            return False
+        flag = torch.tensor(int(self.asked), device=engine.state.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _look(self, engine: SSLTrainer) -> None:
+        if not self._leaving(engine):
+            return
+        self.checkpoint.save(engine)
+        self._restore()
+        message = (
+            f"Asked to leave: saved step {engine.state.iteration} of {engine.total_steps} as {engine.last_checkpoint}. "
+            f"Exit status {EXIT_PREEMPTED}: start the same command again to go on."
+        )
+        logger.warning(message)
+        raise Preempted(message)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cytossl_monai.data.backends.base import Backend, BackendError, level_downsamples
-from cytossl_monai.data.backends.checks import probe, probes_agree, truncated_tiff
+from cytossl_monai.data.backends.checks import is_tiff, probe, probes_agree, truncated_tiff
 from cytossl_monai.data.backends.cucim import CuCIMBackend
 from cytossl_monai.data.backends.frame import FrameBackend
 from cytossl_monai.data.backends.openslide import OpenSlideBackend
@@ -234,8 +234,7 @@ class Slide:
         group = max(1, _MAX_SOURCE_PIXELS // area)
         if len(starts) > group:
             parts = [
-                self._read(level, starts[i : i + group], size, scale, num_workers)
-                for i in range(0, len(starts), group)
+                self._read(level, starts[i : i + group], size, scale, num_workers) for i in range(0, len(starts), group)
             ]
             return _concatenate(parts, 0)
         if len(starts) == 0:
@@ -268,9 +267,7 @@ class Slide:
     def _read_windows(self, level: int, corners: np.ndarray, size: tuple[int, int], num_workers: int) -> Any:
         """Windows of one level (N, h, w, 3), everything outside of the slide in glass colour."""
         width, height = self.level_dimensions[level]
-        outside = (
-            (corners < 0).any(1) | (corners[:, 0] + size[0] > width) | (corners[:, 1] + size[1] > height)
-        )
+        outside = (corners < 0).any(1) | (corners[:, 0] + size[0] > width) | (corners[:, 1] + size[1] > height)
         fill = self._glass if self._glass is not None else (self.glass if outside.any() else _WHITE)
         with self._lock:
             handle = self._open_handle()
@@ -396,8 +393,15 @@ def _open_backend(path: Path, backend: str) -> Backend:
     if missing:
         raise SlideError(f"{path} is truncated: {missing}; copy it again from the scanner or leave it out.")
     suffix = path.suffix.lower()
-    names = [backend] if backend != "auto" else [n for n, b in BACKENDS.items() if not b.suffixes or suffix in b.suffixes]
+    names = (
+        [backend] if backend != "auto" else [n for n, b in BACKENDS.items() if not b.suffixes or suffix in b.suffixes]
+    )
     failures: list[str] = []
+    if not is_tiff(path):
+        # Neither would say more about such a file, and libtiff would print to the terminal.
+        if suffix in (".tif", ".tiff", ".svs"):
+            failures.append("its suffix says TIFF, its first bytes do not")
+        names = [name for name in names if name not in ("cucim", "tifffile")]
     for name in names:
         try:
             handle = _open_and_probe(path, name)

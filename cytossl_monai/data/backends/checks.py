@@ -9,11 +9,20 @@ import numpy as np
 
 from cytossl_monai.data.backends.base import Backend
 
-__all__ = ["probe", "probes_agree", "truncated_tiff"]
+__all__ = ["is_tiff", "probe", "probes_agree", "truncated_tiff"]
 
+_TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _PROBE = 64
 _MEAN_TOLERANCE = 6.0
 """Decoders differ by a grey level or two; garbage from a damaged tile differs by tens."""
+
+
+def is_tiff(path: Path) -> bool:
+    """Whether the first bytes are those of a TIFF or BigTIFF file."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as stream:
+        return stream.read(4) in _TIFF_MAGIC
 
 
 def truncated_tiff(path: Path) -> str | None:
@@ -76,5 +85,3 @@ def probes_agree(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
     if a.shape != b.shape:
         return False
     return bool(np.abs(a - b).mean(axis=(1, 2, 3)).max() <= _MEAN_TOLERANCE)
-
-

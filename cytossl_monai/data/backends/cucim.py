@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cytossl_monai.data.backends.base import Backend, BackendError, level_downsamples, paste_inside
+from cytossl_monai.data.backends.base import Backend, BackendError, paste_inside
 
 __all__ = ["CuCIMBackend"]
 
@@ -37,7 +37,7 @@ class CuCIMBackend(Backend):
             self.close()
             raise BackendError(f"not an 8-bit RGB slide (shape {shape})")
         self.level_dimensions = [(int(w), int(h)) for w, h in dimensions]
-        self._downsamples = level_downsamples(self.level_dimensions)
+        self._downsamples = [float(d) for d in self._image.resolutions["level_downsamples"]]
         self.file_mpp = self._read_mpp()
 
     def _read_mpp(self) -> float | None:
@@ -54,8 +54,9 @@ class CuCIMBackend(Backend):
         return None
 
     def _level0(self, level: int, locations: np.ndarray) -> list[tuple[int, int]]:
-        # cuCIM takes level-0 coordinates and floors them to the level: the ceiling comes back to the same pixel.
-        scaled = np.ceil(locations * self._downsamples[level] - 1e-6).astype(np.int64)
+        # cuCIM takes level-0 coordinates and floors them to the level; just above the pixel's edge comes back to it.
+        slack = 0.01 if level else 0.0
+        scaled = np.ceil(locations * self._downsamples[level] + slack).astype(np.int64)
         return [(int(x), int(y)) for x, y in scaled]
 
     def _batches(

@@ -26,12 +26,15 @@ class FrameBackend(Backend):
             from monai.data import ITKReader
 
             reader = ITKReader(reverse_indexing=True)
-            array, meta = reader.get_data(reader.read(str(path)))
+            image = reader.read(str(path))
+            array, meta = reader.get_data(image)
+            # get_data returns a view of memory that ITK frees with the image.
+            array = np.array(array, copy=True)
+            del image
         except ImportError as error:
             raise BackendError("ITK is not installed (pip install itk-io)") from error
         except (RuntimeError, ValueError, OSError) as error:
             raise BackendError(_first_line(error)) from error
-        array = np.asarray(array)
         if array.dtype != np.uint8:
             raise BackendError(f"{array.dtype} pixels; convert it to 8-bit RGB")
         array = np.squeeze(array)

@@ -51,6 +51,8 @@ class OpenSlideBackend(Backend):
         del num_workers
         width, height = size
         out = np.empty((len(locations), height, width, 3), np.uint8)
+        # OpenSlide takes level-0 coordinates, divides by the downsample and interpolates at what is left of a pixel:
+        # the nearest integer is off by 1 / (2 * downsample) of the level's pixels at most.
         scaled = np.rint(locations * self._downsamples[level]).astype(np.int64)
         for i, (x, y) in enumerate(scaled):
             try:

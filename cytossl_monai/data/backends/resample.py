@@ -19,7 +19,7 @@ def window_size(size: int, scale: float) -> int:
 
 
 def axis_weights(size: int, scale: float, offset: float, window: int) -> sparse.csr_array:
-    """Weights of one axis: output pixel j covers the source interval ``[offset + j * scale, offset + (j + 1) * scale]``.
+    """Weights of one axis: output pixel j covers the source interval from ``offset + j * scale``, ``scale`` long.
 
     With ``scale >= 1`` a source pixel weighs by its overlap with that interval (exact area averaging); below 1 the
     Catmull-Rom cubic is evaluated at the interval's centre (Keys, IEEE TASSP 1981, a = -0.5).

@@ -94,7 +94,7 @@ class TiffFileBackend(Backend):
             raise BackendError(f"the file ends within tile {index}")
         try:
             decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-        except Exception as error:  # noqa: BLE001 - every codec has an error class of its own
+        except Exception as error:  # every codec has an error class of its own
             raise BackendError(f"tile {index} cannot be decoded: {error}") from error
         if decoded is None:
             return None

@@ -46,7 +46,7 @@ def rankme(features: Tensor, eps: float = 1.0e-7) -> float:
 
 
 class CollapseMonitor:
-    """Reports ``feature_std``, ``rankme`` and, where the method gives it, ``teacher_entropy``; warns when they fall.
+    """Reports ``feature_std``, ``rankme``, and what the method says of its teacher; warns when they fall.
 
     Features of the last steps are pooled until there are ``samples``, as the rank cannot exceed their number.
 
@@ -55,8 +55,9 @@ class CollapseMonitor:
         samples: features to pool.
         min_spread: below it, complete collapse: all images get nearly the same feature.
         min_rank: below this share of the possible rank, dimensional collapse: few directions are used.
-        min_entropy: below this share of the largest entropy, a teacher that sees one class everywhere; above
-            ``1 - min_entropy / 10``, one that tells nothing apart.
+        min_entropy: nats; a teacher (DINO, iBOT) whose targets have a mean of less entropy sees one class everywhere, and
+            one whose targets differ from their mean by less tells nothing apart. Judged after a tenth of the run, as
+            every teacher begins so.
     """
 
     def __init__(
@@ -89,8 +90,11 @@ class CollapseMonitor:
             features = torch.cat(list(self._pool)).cpu()
             figures = {"feature_std": feature_spread(features), "rankme": rankme(features)}
             self._judge(engine.state.iteration, figures, min(features.shape))
-        if "teacher_entropy" in output:
-            figures["teacher_entropy"] = float(output["teacher_entropy"])
+        if "teacher_entropy" in output and "teacher_spread" in output:
+            entropy, spread = float(output["teacher_entropy"]), float(output["teacher_spread"])
+            figures["teacher_information"] = spread - entropy
+            if engine.state.iteration > 0.1 * engine.total_steps:
+                self._judge_teacher(engine.state.iteration, entropy, spread)
         if figures:
             engine.report(**figures)
 
@@ -98,14 +102,26 @@ class CollapseMonitor:
         """Say in words what the figures mean."""
         if figures["feature_std"] < self.min_spread:
             self._warn(
-                f"Step {step}: collapse. All images get nearly the same feature (spread {figures['feature_std']:.3f}; 1 is "
-                "healthy). Lower the learning rate, lengthen the warm-up, or raise the teacher's momentum; for DINO, lower "
-                "the teacher's temperature or check the centring."
+                f"Step {step}: collapse. All images get nearly the same feature (spread "
+                f"{figures['feature_std']:.3f}; 1 is healthy). Lower the learning rate, lengthen the warm-up, or raise "
+                "the teacher's momentum; for DINO, lower the teacher's temperature or check the centring."
             )
         elif figures["rankme"] < max(1.5, self.min_rank * possible):
             self._warn(
                 f"Step {step}: dimensional collapse. The features use about {figures['rankme']:.1f} of {possible} "
                 "directions. Larger batches, stronger views or a KoLeo term spread them."
+            )
+
+    def _judge_teacher(self, step: int, entropy: float, spread: float) -> None:
+        if spread < self.min_entropy:
+            self._warn(
+                f"Step {step}: the teacher gives all images the same class (entropy of its mean target {spread:.3f} nats). "
+                "Centring is too weak: raise the teacher's temperature, or use Sinkhorn-Knopp."
+            )
+        elif spread - entropy < self.min_entropy:
+            self._warn(
+                f"Step {step}: the teacher gives all images the same target (they differ from their mean by "
+                f"{spread - entropy:.3f} nats). Lower the teacher's temperature or the learning rate."
             )
 
     def _warn(self, message: str) -> None:

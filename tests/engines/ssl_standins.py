@@ -1,0 +1,150 @@
+"""A small SSL run that tests can start in this process or another: stand-in images and encoder, the real rest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+
+from cytossl_monai.data.samplers import SSLBatchSampler
+from cytossl_monai.data.tile_loader import tile_loader
+from cytossl_monai.engines import distributed
+from cytossl_monai.engines.optim import build_optimizer
+from cytossl_monai.engines.schedules import WarmupCosine
+from cytossl_monai.engines.ssl_trainer import SSLTrainer, seed_all
+from cytossl_monai.handlers.checkpoint import CheckpointHandler
+from cytossl_monai.handlers.csv_log import CSVLog
+from cytossl_monai.handlers.signals import PreemptionHandler
+from cytossl_monai.methods.moco_v3 import MoCoV3
+from cytossl_monai.transforms.views import ViewGenerator
+
+SIZE = 24
+
+
+class Dots:
+    """Images that are a function of their number: a coloured disc on a light ground. Four groups of unequal size."""
+
+    def __init__(self, n: int = 60) -> None:
+        self.groups = np.minimum(np.arange(n) * 8 // n, 3)
+        self.weights = None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        items = []
+        for number, sample in keys:
+            rng = np.random.default_rng(number)
+            yy, xx = np.mgrid[:SIZE, :SIZE]
+            inside = np.hypot(yy - rng.uniform(6, 18), xx - rng.uniform(6, 18)) < rng.uniform(3, 7)
+            image = np.where(inside, rng.integers(30, 160, (3, 1, 1)), 235) + rng.integers(-9, 9, (3, SIZE, SIZE))
+            items.append({"image": torch.from_numpy(image.astype(np.uint8)), "mpp": np.float32(0.5), "sample": sample})
+        return items
+
+
+class TinyEncoder(nn.Module):
+    """Patches, one mixing layer with dropout (so that the random state counts), a mean."""
+
+    embed_dim = 16
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, 16, 6, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 16)) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        tokens = self.patch_embedding(images - 0.5).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return self.norm(tokens.mean(1))
+
+
+def make_trainer(
+    output: str | Path | None,
+    steps: int = 12,
+    workers: int = 0,
+    batch: int = 8,
+    every_steps: int = 4,
+    method: nn.Module | None = None,
+    handlers: tuple = (),
+    lr: float = 1e-3,
+    dropout: float = 0.1,
+    epoch_length: int = 5,
+    **options: object,
+) -> SSLTrainer:
+    """A trainer over ``Dots``; ``output`` None writes nothing."""
+    seed_all(3)
+    method = method or MoCoV3(TinyEncoder(dropout), dim=8, hidden_dim=32)
+    network = distributed.prepare(method, "cpu")
+    data = Dots()
+    sampler = SSLBatchSampler(
+        data,
+        batch,
+        seed=5,
+        epoch_length=epoch_length,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        window=3,
+        chunk=4,
+    )
+    own: list = []
+    if output is not None:
+        checkpoint = CheckpointHandler(Path(output) / "checkpoints", 0, every_steps, keep_last=3)
+        own = [CSVLog(Path(output) / "log.csv", 1), checkpoint, PreemptionHandler(checkpoint, every_steps=2)]
+        options.setdefault("checkpoint_dir", Path(output) / "checkpoints")
+    options.setdefault("views", ViewGenerator(global_size=18, n_local=0, find_nuclei=False))
+    return SSLTrainer(
+        "cpu",
+        max_epochs=1,
+        train_data_loader=tile_loader(data, sampler, num_workers=workers),
+        network=network,
+        optimizer=build_optimizer(network, lr=lr),
+        max_steps=steps,
+        lr_schedule=WarmupCosine(lr, warmup_steps=3),
+        wd_schedule=WarmupCosine(0.04, 0.4),
+        train_handlers=[*own, *handlers],
+        seed=11,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--kill-at", type=int, default=0, help="SIGKILL to itself within this step")
+    parser.add_argument("--tell", action="store_true", help="print every step, slowly")
+    args = parser.parse_args()
+    trainer = make_trainer(args.output, args.steps, args.workers)
+    if args.kill_at:
+
+        @trainer.on(Events.ITERATION_STARTED)
+        def kill(engine: SSLTrainer) -> None:
+            if engine.state.iteration == args.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if args.tell:
+        import time
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def tell(engine: SSLTrainer) -> None:
+            print(engine.state.iteration, flush=True)
+            time.sleep(0.1)
+
+    trainer.run()
+
+
+if __name__ == "__main__":
+    main()

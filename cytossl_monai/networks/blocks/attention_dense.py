@@ -1,0 +1,111 @@
+"""Attention of blocks of queries over blocks of keys with iRPE: the core of the dense, ``topk`` and ``routed`` paths."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cytossl_monai.networks.blocks.irpe import RPETables
+
+__all__ = ["attend", "rpe_scores"]
+
+
+def rpe_scores(query: Tensor, key: Tensor, ids: Tensor, tables: RPETables, scale: float) -> Tensor | None:
+    """The terms that iRPE adds to the scores. Products are taken per bucket and looked up: never a vector a pair.
+
+    Args:
+        query: (..., h, Q, d), scaled.
+        key: (..., h, K, d), not scaled.
+        ids: int64 buckets, broadcastable to (..., h, Q, K).
+        tables: the layer's encodings.
+        scale: factor of the score.
+
+    Returns:
+        broadcastable to (..., h, Q, K), or None without an encoding on queries or keys.
+    """
+    total: Tensor | None = None
+    shape = query.shape[:-1] + key.shape[-2:-1]
+    if tables.bias is not None:
+        heads = torch.arange(tables.bias.shape[0], device=ids.device).view(-1, 1, 1)
+        total = tables.bias.to(query.dtype)[heads, ids]
+    if tables.key is not None:
+        looked_up = (query @ tables.key.to(query.dtype).transpose(-2, -1)).gather(-1, ids.expand(shape))
+        total = looked_up if total is None else total + looked_up
+    if tables.query is not None:
+        products = (key * scale) @ tables.query.to(query.dtype).transpose(-2, -1)
+        looked_up = products.gather(-1, ids.expand(shape).transpose(-2, -1)).transpose(-2, -1)
+        total = looked_up if total is None else total + looked_up
+    return total
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ids: Tensor | None = None,
+    tables: RPETables | None = None,
+    mask: Tensor | None = None,
+    keep: tuple[int, Tensor | None] | None = None,
+    num_prefix: int = 0,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention with iRPE terms, a mask and, if asked, only the best keys of each query.
+
+    Args:
+        query: (..., h, Q, d), not scaled.
+        key: (..., h, K, d).
+        value: (..., h, K, d).
+        ids: buckets of the pairs, broadcastable to (..., h, Q, K); needed with ``tables``.
+        tables: encodings, or None.
+        mask: bool, broadcastable to (..., h, Q, K); True where a key may be attended. None: everywhere.
+        keep: for ``topk``: the number of patch keys that a patch query keeps, as an int (0: see next) and as an
+            optional tensor broadcastable to (..., h, Q, 1) where it differs by image.
+        num_prefix: with ``keep``: so many first queries and keys are exempt.
+        dropout: probability of dropping an attention weight (0 outside training).
+        need_weights: return the attention as well.
+
+    Returns:
+        output (..., h, Q, d) and attention (..., h, Q, K) or None.
+    """
+    scale = query.shape[-1] ** -0.5
+    tables = tables or RPETables()
+    if keep is None and tables.value is None and not need_weights:
+        terms = None if ids is None else rpe_scores(query * scale, key, ids, tables, scale)
+        if terms is not None and mask is not None:
+            terms = terms.masked_fill(~mask, float("-inf"))
+        bias = mask if terms is None else terms
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout), None
+
+    query = query * scale
+    scores = query @ key.transpose(-2, -1)
+    terms = None if ids is None else rpe_scores(query, key, ids, tables, scale)
+    if terms is not None:
+        scores = scores + terms
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if keep is not None:
+        scores = _keep_best(scores, keep, num_prefix)
+    weights = scores.softmax(dim=-1)
+    dropped = F.dropout(weights, dropout) if dropout > 0 else weights
+    output = dropped @ value
+    if tables.value is not None and ids is not None:
+        buckets = dropped.new_zeros(*dropped.shape[:-1], tables.value.shape[1])
+        buckets = buckets.scatter_add(-1, ids.expand(dropped.shape), dropped)
+        output = output + buckets @ tables.value.to(dropped.dtype)
+    return output, weights if need_weights else None
+
+
+def _keep_best(scores: Tensor, keep: tuple[int, Tensor | None], num_prefix: int) -> Tensor:
+    """Close all but the best patch keys of every patch query; keys equal to the last kept one stay open."""
+    number, by_image = keep
+    with torch.no_grad():
+        patches = scores[..., num_prefix:, num_prefix:]
+        if by_image is None:
+            last = patches.topk(number, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        else:
+            order = patches.sort(dim=-1, descending=True).values
+            last = order.gather(-1, (by_image - 1).expand(*order.shape[:-1], 1))
+        closed = F.pad(patches < last, (num_prefix, 0, num_prefix, 0))
+    return scores.masked_fill(closed, float("-inf"))

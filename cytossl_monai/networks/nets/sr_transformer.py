@@ -1,0 +1,413 @@
+"""SR-Transformer: a vision transformer whose attention is sparse and relative (see docs/concepts/sr_transformer.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cytossl_monai.networks.blocks.background import foreground_patches
+from cytossl_monai.networks.blocks.irpe import RPEConfig
+from cytossl_monai.networks.blocks.patch_embedding import PatchEmbedding
+from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
+from cytossl_monai.networks.blocks.sr_block import SRBlock
+from cytossl_monai.networks.blocks.token_layout import TokenLayout
+
+__all__ = ["Features", "SRTransformer", "sr_vit_base", "sr_vit_small", "sr_vit_tiny", "vit_small"]
+
+RPEArgument = RPEConfig | Mapping[str, Any] | str | None
+
+
+class Features(NamedTuple):
+    """Normed tokens of the last layer.
+
+    Attributes:
+        cls: (B, C) the class token, or the mean of the patches where there is none.
+        patches: (B, N, C), or (B, K, C) where only K patches were encoded; zero where background was dropped.
+        registers: (B, R, C).
+        foreground: (B, N) bool of the patches that were encoded, or None when all were.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    registers: Tensor
+    foreground: Tensor | None
+
+
+class SRTransformer(nn.Module):
+    """A vision transformer with sparse relative attention, under the arguments and the outputs of MONAI's `ViT`.
+
+    With ``rpe=None, sparsity="none"`` it takes a MONAI ViT's weights (2D) and gives its outputs. Input sizes other than
+    ``img_size`` work: position embeddings are interpolated, and iRPE needs no change.
+
+    Args:
+        in_channels: channels of the image.
+        img_size: rows and columns (or one number) of the image that position embeddings are made for.
+        patch_size: rows and columns (or one number) of a patch; divides the image.
+        hidden_size: width C of a token.
+        mlp_dim: hidden width of the MLPs.
+        num_layers: number of blocks.
+        num_heads: number of heads; divides ``hidden_size``.
+        proj_type: ``conv`` or ``perceptron``.
+        pos_embed_type: ``none``, ``learnable``, ``sincos`` or ``fourier``: absolute positions, beside iRPE.
+        classification: add a class token and a linear head; `forward` then gives logits.
+        num_classes: outputs of the head.
+        dropout_rate: dropout, in training only.
+        spatial_dims: 2; cytology tiles are planes.
+        post_activation: ``Tanh`` puts a tanh after the head, anything else does not (as in MONAI).
+        qkv_bias: whether queries, keys and values have a bias.
+        save_attn: each block keeps its last attention in ``blocks[i].attn.att_mat``.
+        rpe: iRPE of every layer: None, a method's name, the arguments of `RPEConfig`; or a list of these, one a layer.
+        sparsity: ``none``, ``topk`` or ``routed``; or a list, one a layer.
+        keep_ratio: ``topk``: share of the patches that a patch keeps, in (0, 1].
+        num_salient: ``routed``: patches of the image that every patch sees; at most the number of patches at
+            ``img_size``. A smaller image uses all its patches at most.
+        window: ``routed``: rows and columns that a patch sees on each side.
+        drop_background: leave patches of blank glass out of all blocks. True, an optical density as threshold, or the
+            arguments ``threshold``, ``glass``, ``on_blank`` of `foreground_patches`. None or False: keep everything.
+        drop_path_rate: stochastic depth of the last block; earlier ones have less, linearly.
+        layer_scale: start of learned factors on the branches, or None.
+        num_register_tokens: learned tokens after the class token (Darcet et al., ICLR 2024).
+        class_token: whether there is a class token; None: as ``classification`` says (MONAI's way).
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+        norm_eps: epsilon of the layer norms (MONAI 1e-5, timm and DINO 1e-6).
+
+    Raises:
+        ValueError: for arguments outside what is described.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        img_size: Sequence[int] | int,
+        patch_size: Sequence[int] | int,
+        hidden_size: int = 768,
+        mlp_dim: int = 3072,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        proj_type: str = "conv",
+        pos_embed_type: str = "learnable",
+        classification: bool = False,
+        num_classes: int = 2,
+        dropout_rate: float = 0.0,
+        spatial_dims: int = 2,
+        post_activation: str = "Tanh",
+        qkv_bias: bool = False,
+        save_attn: bool = False,
+        rpe: RPEArgument | Sequence[RPEArgument] = None,
+        sparsity: str | Sequence[str] = "none",
+        keep_ratio: float = 0.5,
+        num_salient: int = 32,
+        window: int = 3,
+        drop_background: bool | float | Mapping[str, Any] | None = None,
+        drop_path_rate: float = 0.0,
+        layer_scale: float | None = None,
+        num_register_tokens: int = 0,
+        class_token: bool | None = None,
+        checkpoint_activations: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config: dict[str, Any] = {name: _plain(value) for name, value in arguments.items()}
+        if spatial_dims != 2:
+            raise ValueError(f"SRTransformer is for images, spatial_dims=2; got {spatial_dims}.")
+        if num_layers < 1 or num_register_tokens < 0:
+            raise ValueError(
+                f"num_layers must be at least 1 and registers not negative; got {num_layers} and {num_register_tokens}."
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1); got {drop_path_rate}.")
+        if classification and class_token is False:
+            raise ValueError("classification needs the class token: leave class_token out or set it.")
+        has_class_token = classification if class_token is None else class_token
+        sizes, patches = _pair(img_size, "img_size"), _pair(patch_size, "patch_size")
+        self.patch_embedding = PatchEmbedding(
+            in_channels, sizes, patches, hidden_size, num_heads, proj_type, pos_embed_type, dropout_rate
+        )
+        rows, cols = self.patch_embedding.grid
+        sparsities = _per_layer(sparsity, num_layers, "sparsity")
+        if "routed" in sparsities and num_salient > rows * cols:
+            raise ValueError(f"num_salient {num_salient} exceeds the {rows * cols} patches of a {rows} x {cols} grid.")
+        rpes = _per_layer(rpe, num_layers, "rpe")
+
+        self.hidden_size = hidden_size
+        self.embed_dim = hidden_size
+        self.patch_size = patches
+        self.classification = classification
+        self.has_class_token = has_class_token
+        self.num_prefix = int(has_class_token) + num_register_tokens
+        self.checkpoint_activations = checkpoint_activations
+        self.drop_background = _background(drop_background)
+        self.blocks = nn.ModuleList(
+            SRBlock(
+                SparseAttention(
+                    hidden_size,
+                    num_heads,
+                    dropout_rate,
+                    qkv_bias,
+                    rpes[i],
+                    sparsities[i],
+                    keep_ratio,
+                    num_salient,
+                    window,
+                    has_class_token,
+                    num_register_tokens > 0,
+                    save_attn,
+                ),
+                hidden_size,
+                mlp_dim,
+                dropout_rate,
+                drop_path_rate * i / max(1, num_layers - 1),
+                layer_scale,
+                norm_eps,
+            )
+            for i in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.apply(_init_weights)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if has_class_token else None
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_register_tokens, hidden_size)) if num_register_tokens else None
+        )
+        for token in (self.cls_token, self.register_tokens):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        self.classification_head: nn.Module | None = None
+        if classification:
+            head = nn.Linear(hidden_size, num_classes)
+            self.classification_head = nn.Sequential(head, nn.Tanh()) if post_activation == "Tanh" else head
+        self.register_load_state_dict_pre_hook(_drop_unused_monai_keys)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of that size."""
+        return self.patch_embedding.grid_size(height, width)
+
+    def forward(self, x: Tensor, foreground: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Encode images.
+
+        Args:
+            x: (B, in_channels, H, W) float; in [0, 1] where ``drop_background`` is to find the glass by itself.
+            foreground: (B, N) bool of the patches to encode, in raster order; None: all, or what ``drop_background``
+                finds. Tokens left out come back as zeros in their places.
+
+        Returns:
+            as MONAI's ViT: normed tokens (B, prefix + N, C), class token first, then registers, then patches; or
+            logits (B, num_classes) with ``classification``. And the list of every block's output tokens.
+
+        Raises:
+            ValueError: for an image that the patch does not divide, a mask of another shape, an all blank image.
+        """
+        tokens, layout, kept = self._embed(x, foreground=foreground)
+        hidden = []
+        for block in self.blocks:
+            tokens = self._run(block, tokens, layout)
+            hidden.append(self._to_grid(tokens, layout, kept))
+        tokens = self._to_grid(self.norm(tokens), layout, kept)
+        if self.classification_head is not None:
+            return self.classification_head(tokens[:, 0]), hidden
+        return tokens, hidden
+
+    def forward_features(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        keep: Tensor | None = None,
+        foreground: Tensor | None = None,
+    ) -> Features:
+        """Encode images for self-supervised methods.
+
+        Args:
+            x: see `forward`.
+            mask: (B, N) bool: patches whose embedding is replaced by ``mask_token`` before positions are added (iBOT).
+            mask_token: (C,), needed with ``mask``.
+            keep: (B, K) int64: the only patches to encode, by raster index (MAE). Background is then not looked for.
+            foreground: see `forward`.
+
+        Returns:
+            `Features`.
+
+        Raises:
+            ValueError: see `forward`; also for masks or indices of another shape.
+        """
+        tokens, layout, kept = self._embed(x, mask, mask_token, keep, foreground)
+        for block in self.blocks:
+            tokens = self._run(block, tokens, layout)
+        tokens = self._to_grid(self.norm(tokens), layout, kept)
+        first = int(self.has_class_token)
+        patches = tokens[:, self.num_prefix :]
+        if self.has_class_token:
+            cls = tokens[:, 0]
+        elif kept is None:
+            cls = patches.mean(dim=1)
+        else:
+            cls = patches.sum(dim=1) / kept.sum(dim=1, keepdim=True)
+        return Features(cls, patches, tokens[:, first : self.num_prefix], kept)
+
+    def _run(self, block: nn.Module, tokens: Tensor, layout: TokenLayout) -> Tensor:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, tokens, layout, use_reentrant=False)
+            return out
+        return block(tokens, layout)  # type: ignore[no-any-return]
+
+    def _embed(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        keep: Tensor | None = None,
+        foreground: Tensor | None = None,
+    ) -> tuple[Tensor, TokenLayout, Tensor | None]:
+        """Tokens with positions and prefix, their layout, and (B, N) bool of the patches kept where some were dropped."""
+        if x.dim() != 4:
+            raise ValueError(f"Images must be (B, C, H, W); got a tensor of shape {tuple(x.shape)}.")
+        batch = x.shape[0]
+        grid = self.grid_size(int(x.shape[-2]), int(x.shape[-1]))
+        cells = grid[0] * grid[1]
+        if foreground is None and keep is None and self.drop_background is not None:
+            foreground = foreground_patches(x, self.patch_size, **self.drop_background)
+        tokens = self.patch_embedding.embed(x)
+        if mask is not None:
+            _check_mask(mask, batch, cells, "mask")
+            if mask_token is None:
+                raise ValueError("mask needs mask_token: the embedding that replaces masked patches.")
+            tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
+        tokens = self.patch_embedding.dropout(tokens + self.patch_embedding.positions(grid))
+        layout = TokenLayout(batch, grid, self.num_prefix, self.has_class_token)
+        prefix = [t.expand(batch, -1, -1) for t in (self.cls_token, self.register_tokens) if t is not None]
+        if keep is not None:
+            if foreground is not None:
+                raise ValueError("Give keep or foreground, not both.")
+            if keep.dim() != 2 or keep.shape[0] != batch or keep.dtype != torch.long or not 0 < keep.shape[1] <= cells:
+                raise ValueError(
+                    f"keep must be int64 ({batch}, K) with K from 1 to {cells}; got {keep.dtype} {tuple(keep.shape)}."
+                )
+            tokens = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+            layout.positions = keep
+        if foreground is None:
+            return torch.cat([*prefix, tokens], dim=1), layout, None
+        _check_mask(foreground, batch, cells, "foreground")
+        counts = foreground.sum(dim=1).tolist()
+        if min(counts) == 0:
+            blank = [image for image, count in enumerate(counts) if count == 0]
+            raise ValueError(f"foreground keeps no patch of image(s) {blank}: all tokens blank. Leave them out.")
+        if min(counts) == cells:
+            return torch.cat([*prefix, tokens], dim=1), layout, foreground
+        layout.counts = counts
+        layout.positions = foreground.nonzero()[:, 1]
+        packed = torch.cat([*prefix, tokens], dim=1)[_with_prefix(foreground, self.num_prefix)]
+        return packed, layout, foreground
+
+    def _to_grid(self, tokens: Tensor, layout: TokenLayout, kept: Tensor | None) -> Tensor:
+        """Packed tokens back in their places, (B, prefix + N, C), zeros where a patch was dropped."""
+        if not layout.packed or kept is None:
+            return tokens
+        places = _with_prefix(kept, self.num_prefix)
+        full = tokens.new_zeros(*places.shape, tokens.shape[-1])
+        return full.index_put((places,), tokens)
+
+
+def _with_prefix(mask: Tensor, num_prefix: int) -> Tensor:
+    return torch.cat([mask.new_ones(mask.shape[0], num_prefix), mask], dim=1)
+
+
+def _check_mask(mask: Tensor, batch: int, cells: int, name: str) -> None:
+    if mask.dtype != torch.bool or mask.shape != (batch, cells):
+        raise ValueError(f"{name} must be bool of shape ({batch}, {cells}); got {mask.dtype} {tuple(mask.shape)}.")
+
+
+def _pair(value: Sequence[int] | int, name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a number or two; got {value}.")
+    return int(pair[0]), int(pair[1])
+
+
+def _per_layer(value: Any, num_layers: int, name: str) -> list[Any]:
+    if isinstance(value, list | tuple):
+        if len(value) != num_layers:
+            raise ValueError(f"{name} as a list needs one entry a layer, {num_layers}; got {len(value)}.")
+        return list(value)
+    return [value] * num_layers
+
+
+def _background(value: bool | float | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if value is None or value is False:
+        return None
+    if value is True:
+        return {}
+    if isinstance(value, Mapping):
+        unknown = set(value) - {"threshold", "glass", "on_blank"}
+        if unknown:
+            raise ValueError(f"drop_background does not know {sorted(unknown)}; it takes threshold, glass, on_blank.")
+        return dict(value)
+    if value <= 0:
+        raise ValueError(f"drop_background as a threshold must be above 0; got {value}.")
+    return {"threshold": float(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Constructor arguments as plain data, fit for a configuration file and a weights-only checkpoint."""
+    if isinstance(value, RPEConfig):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _drop_unused_monai_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """MONAI's ViT carries weights that it never uses (``norm_cross_attn``, old ``cross_attn``): leave them out."""
+    for name in [name for name in state_dict if name.startswith(prefix + "blocks.") and "cross_attn." in name]:
+        del state_dict[name]
+
+
+_SR = {"rpe": {"method": "product", "mode": "contextual", "on": "k"}, "sparsity": "routed"}
+
+
+def _vit(hidden_size: int, num_heads: int, defaults: Mapping[str, Any], arguments: dict[str, Any]) -> SRTransformer:
+    settings: dict[str, Any] = {
+        "in_channels": 3,
+        "img_size": 224,
+        "patch_size": 16,
+        "hidden_size": hidden_size,
+        "mlp_dim": 4 * hidden_size,
+        "num_layers": 12,
+        "num_heads": num_heads,
+        "qkv_bias": True,
+        "class_token": True,
+        "norm_eps": 1e-6,
+    }
+    return SRTransformer(**{**settings, **defaults, **arguments})
+
+
+def sr_vit_tiny(**kwargs: Any) -> SRTransformer:
+    """SR-Transformer of ViT-Tiny's size (width 192, 3 heads, 12 layers), patch 16; arguments override."""
+    return _vit(192, 3, _SR, kwargs)
+
+
+def sr_vit_small(**kwargs: Any) -> SRTransformer:
+    """SR-Transformer of ViT-Small's size (width 384, 6 heads, 12 layers), patch 16; arguments override."""
+    return _vit(384, 6, _SR, kwargs)
+
+
+def sr_vit_base(**kwargs: Any) -> SRTransformer:
+    """SR-Transformer of ViT-Base's size (width 768, 12 heads, 12 layers), patch 16; arguments override."""
+    return _vit(768, 12, _SR, kwargs)
+
+
+def vit_small(**kwargs: Any) -> SRTransformer:
+    """Dense ViT-Small without iRPE, the baseline: what a plain ViT computes; arguments override."""
+    return _vit(384, 6, {}, kwargs)

@@ -193,8 +193,9 @@ class TileSlide(Transform):
 class LoadTile(Transform):
     """Read the tile of an item as a MetaTensor (3, size, size) uint8.
 
-    Its ``meta`` hold ``x``, ``y``, ``location`` (x, y; level-0 pixels), ``patch_location`` (row, column: MONAI's
-    order), ``level``, ``mpp``, ``slide_mpp``, ``path``, ``filename_or_obj``; its ``affine`` is `tile_affine`.
+    Its ``meta`` hold ``x`` and ``y`` (level-0 pixels), ``location`` (the same as MONAI's readers have it: row,
+    column), ``size``, ``level``, ``mpp``, ``slide_mpp``, ``path``, ``filename_or_obj``; its ``affine`` is
+    `tile_affine`.
 
     Args:
         max_open: slides that are kept open; see `SlidePool`.
@@ -217,7 +218,6 @@ class LoadTile(Transform):
         meta = {
             "x": int(data["x"]),
             "y": int(data["y"]),
-            "location": (int(data["x"]), int(data["y"])),
             WSIPatchKeys.LOCATION.value: np.array([data["y"], data["x"]]),
             WSIPatchKeys.SIZE.value: np.array([size, size]),
             "level": slide.best_level(mpp),

@@ -284,7 +284,15 @@ def test_damage_within_is_found_by_the_second_reader(tmp_path: Path) -> None:
     """cuCIM returns garbage for a damaged JPEG tile and says nothing."""
     image = picture(256, 256)
     path = tmp_path / "damaged.tif"
-    tifffile.imwrite(path, image, tile=(256, 256), photometric="rgb", compression="jpeg", resolution=(4e4, 4e4), resolutionunit="CENTIMETER")
+    tifffile.imwrite(
+        path,
+        image,
+        tile=(256, 256),
+        photometric="rgb",
+        compression="jpeg",
+        resolution=(4e4, 4e4),
+        resolutionunit="CENTIMETER",
+    )
     with tifffile.TiffFile(path) as tiff:
         offset, count = tiff.pages[0].dataoffsets[0], tiff.pages[0].databytecounts[0]
     content = bytearray(path.read_bytes())

@@ -54,9 +54,11 @@ class CuCIMBackend(Backend):
         return None
 
     def _level0(self, level: int, locations: np.ndarray) -> list[tuple[int, int]]:
-        # cuCIM takes level-0 coordinates and floors them to the level; just above the pixel's edge comes back to it.
+        # cuCIM takes level-0 coordinates and cuts them off to the level, towards zero: a little more than the pixel's
+        # edge, away from zero, comes back to it.
         slack = 0.01 if level else 0.0
-        scaled = np.ceil(locations * self._downsamples[level] + slack).astype(np.int64)
+        scaled = locations * self._downsamples[level]
+        scaled = np.where(locations < 0, np.floor(scaled - slack), np.ceil(scaled + slack)).astype(np.int64)
         return [(int(x), int(y)) for x, y in scaled]
 
     def _batches(

@@ -170,7 +170,9 @@ def blur(image: Tensor, sigma: Tensor) -> Tensor:
         pad_h, pad_w = -height % factor, -width % factor
         padded = F.pad(part, (0, pad_w, 0, pad_h), mode="replicate") if pad_h or pad_w else part
         small = F.avg_pool2d(padded, factor)
-        scaled = (sigma[chosen] / factor).clamp_(0.3, 4.0)
+        # Pooling and enlarging blur as well; their variances (a box's and a tent's) are taken off the kernel's.
+        left = sigma[chosen].square() - (factor**2 - 1) / 12.0 - factor**2 / 6.0
+        scaled = (left.clamp_min(0.0).sqrt() / factor).clamp_(0.3, 4.0)
         radius = math.ceil(3.0 * float(scaled.max()))
         taps = torch.exp(-0.5 * (torch.arange(radius + 1) / scaled.unsqueeze(1)) ** 2)
         # Beyond its own three sigma a kernel is zero, however wide its neighbours' are.

@@ -162,6 +162,10 @@ class NCPSettings:
         """Whether any length is given in micrometres, so that ``mpp`` must be known."""
         return self.margin_um > 0 or self.feather_um > 0 or not _MICROMETRE_OPS.isdisjoint(self.ops)
 
+    def perturbs(self, seeds: Tensor) -> Tensor:
+        """(B,) bool on the CPU: the samples that ``prob`` chooses, for their seeds ((B,) int64)."""
+        return hash_uniform(seeds.cpu(), _ACTIVE_STREAM, 1)[:, 0] < self.prob
+
     def draw(self, seeds: Tensor, own_donors: bool = False) -> Draw:
         """Draw what is done to each sample.
 
@@ -174,7 +178,7 @@ class NCPSettings:
         """
         batch = len(seeds)
         seeds = seeds.cpu()
-        active = hash_uniform(seeds, _ACTIVE_STREAM, 1)[:, 0] < self.prob
+        active = self.perturbs(seeds)
         chance = hash_uniform(seeds, _DRAW_STREAM, len(OP_NAMES))
         part = hash_uniform(seeds, _AMOUNT_STREAM, len(OP_NAMES)).mul_(1.0 - LEAST_PART).add_(LEAST_PART)
         if not self.random_amount:

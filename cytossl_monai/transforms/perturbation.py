@@ -1,121 +1,363 @@
-"""Nuclei-Centered Perturbation of whole batches, on the device they lie on."""
+"""Nuclei-Centered Perturbation: MONAI transforms for one tile, and a module for whole batches on their device.
+
+All of them draw from one seed a sample and run the same kernels, so a tile is perturbed alike by each of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from monai.config import KeysCollection
+from monai.config.type_definitions import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.data.meta_obj import get_track_meta
+from monai.transforms import MapTransform, RandomizableTransform, Transform
+from monai.transforms.lazy.functional import apply_pending
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
+from torch import Tensor
 
+from cytossl_monai.transforms.ncp_batched import BatchedNCP
 from cytossl_monai.transforms.ncp_checks import check_images, check_masks, check_mpp
 from cytossl_monai.transforms.ncp_core import perturb
-from cytossl_monai.transforms.ncp_random import draw_seeds
 from cytossl_monai.transforms.ncp_settings import NCPSettings
 
-__all__ = ["BatchedNCP"]
+__all__ = [
+    "BatchedNCP",
+    "NucleiCenteredPerturb",
+    "NucleiCenteredPerturbD",
+    "NucleiCenteredPerturbDict",
+    "NucleiCenteredPerturbd",
+    "RandNucleiCenteredPerturb",
+    "RandNucleiCenteredPerturbD",
+    "RandNucleiCenteredPerturbDict",
+    "RandNucleiCenteredPerturbd",
+]
 
 
-class BatchedNCP(nn.Module):
-    """Perturb all but the nuclei of a batch of tiles, each sample in a way of its own.
+def _plain(data: NdarrayOrTensor) -> Tensor:
+    """An array or tensor as a plain tensor, without a copy where one can be avoided."""
+    tensor = data.as_tensor() if isinstance(data, MetaTensor) else torch.as_tensor(data)
+    return tensor.detach()
 
-    The module has no weights and no state: what it does follows from its settings and the seeds alone.
+
+def _perturb_one(
+    img: NdarrayOrTensor,
+    mask: NdarrayOrTensor,
+    mpp: float | None,
+    seed: int,
+    settings: NCPSettings,
+    donor: NdarrayOrTensor | None,
+    donor_mask: NdarrayOrTensor | None,
+    keys: tuple[str, str, str, str] = ("img", "mask", "donor", "donor_mask"),
+) -> Tensor:
+    """One tile through the batched kernels; ``keys`` are what messages call the inputs."""
+    tensor = convert_to_tensor(img, track_meta=get_track_meta())
+    image = _plain(tensor)
+    check_images(image, keys[0], dims=3)
+    nuclei = check_masks(_plain(mask), image, keys[1])
+    if mpp is None and isinstance(img, MetaTensor):
+        mpp = img.meta.get("mpp")
+    if mpp is None and not settings.needs_mpp:
+        mpp = 1.0
+    scale = check_mpp(mpp, 1)
+    donors = donor_masks = None
+    if donor is not None:
+        given = _plain(donor).to(image.device)
+        check_images(given, keys[2], dims=3)
+        if given.shape != image.shape or given.dtype != image.dtype:
+            raise ValueError(
+                f"{keys[2]} is {given.dtype} of the shape {tuple(given.shape)}; allowed is what {keys[0]} is: "
+                f"{image.dtype} of the shape {tuple(image.shape)}"
+            )
+        donors = given.unsqueeze(0)
+        donor_masks = None if donor_mask is None else check_masks(_plain(donor_mask), given, keys[3]).unsqueeze(0)
+    draw = settings.draw(torch.tensor([seed], dtype=torch.int64), own_donors=donor is not None)
+    out = perturb(image.unsqueeze(0), nuclei.unsqueeze(0), scale, draw, settings, donors, donor_masks)[0]
+    return convert_to_dst_type(out, tensor)[0]
+
+
+class NucleiCenteredPerturb(Transform):
+    """Perturb all but the nuclei of a tile, always in the same way.
 
     Args:
-        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}`` with the
-            names blur, noise, fade, stain, shuffle, swap, cutout; ops that are not named are off.
+        ops: ``{name: strength}`` with strengths in [0, 1]; every op that is named acts, with its whole strength. Names:
+            blur, noise, fade, stain, shuffle, swap (needs a donor), cutout.
+        mpp: micrometres per pixel of tiles that do not state their own.
+        seed: decides the noise, and where patches and rectangles lie.
         margin_um: micrometres around a nucleus that are kept whole.
         feather_um: micrometres over which the original then passes into the perturbed.
         patch_um: side of the patches of ``shuffle``, in micrometres.
-        prob: probability that a sample is perturbed at all.
-        empty: tiles without nuclei: ``"keep"`` leaves them as they are, ``"perturb"`` perturbs all of them, ``"drop"``
-            leaves them out, so that fewer samples come back (which ones, says :meth:`kept`).
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+
+    Raises:
+        ValueError: for an unknown op and for a number outside its range; the message names the key.
+    """
+
+    backend: ClassVar[list[TransformBackends]] = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        ops: Mapping[str, float],
+        mpp: float | None = None,
+        seed: int = 0,
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        empty: str = "keep",
+    ) -> None:
+        if not isinstance(ops, Mapping):
+            raise ValueError(f"ops is {ops!r}; allowed is a mapping of op names to strengths in [0, 1]")
+        always = {name: {"prob": 1.0, "strength": strength} for name, strength in ops.items()}
+        self.settings = NCPSettings(always, margin_um, feather_um, patch_um, 1.0, empty, random_amount=False)
+        self.mpp = None if mpp is None else float(check_mpp(mpp, 1))
+        self.seed = int(seed)
+
+    def __call__(
+        self,
+        img: NdarrayOrTensor,
+        mask: NdarrayOrTensor,
+        mpp: float | None = None,
+        donor: NdarrayOrTensor | None = None,
+        donor_mask: NdarrayOrTensor | None = None,
+    ) -> Tensor:
+        """Perturb a tile.
+
+        Args:
+            img: (3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
+            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei.
+            mpp: micrometres per pixel; None takes the constructor's, then ``img.meta["mpp"]``.
+            donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
+            donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
+
+        Returns:
+            A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
+
+        Raises:
+            ValueError: for inputs that do not fit; the message names which.
+        """
+        scale = self.mpp if mpp is None else mpp
+        return _perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
+
+
+class RandNucleiCenteredPerturb(RandomizableTransform):
+    """Perturb all but the nuclei of a tile, in a way drawn anew at each call.
+
+    The seed that was drawn stays in ``self.seed``: :class:`BatchedNCP` makes the same pixels of the same seed.
+
+    Args:
+        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}``, as
+            :class:`BatchedNCP` takes them.
+        mpp: micrometres per pixel of tiles that do not state their own.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        prob: probability that a tile is perturbed at all.
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
 
     Raises:
         ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
-
-    Example:
-        >>> import torch
-        >>> tiles = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-        >>> masks = torch.zeros(4, 1, 64, 64, dtype=torch.bool)
-        >>> masks[:, :, 20:30, 20:30] = True
-        >>> out = BatchedNCP(ops="strong")(tiles, masks, mpp=0.5)
-        >>> bool((out[:, :, 20:30, 20:30] == tiles[:, :, 20:30, 20:30]).all())
-        True
     """
+
+    backend: ClassVar[list[TransformBackends]] = [TransformBackends.TORCH]
 
     def __init__(
         self,
         ops: str | Mapping[str, Any] = "default",
+        mpp: float | None = None,
         margin_um: float = 0.5,
         feather_um: float = 1.5,
         patch_um: float = 16.0,
         prob: float = 1.0,
         empty: str = "keep",
     ) -> None:
-        super().__init__()
-        if empty not in ("keep", "perturb", "drop"):
-            raise ValueError(f"empty is {empty!r}; allowed is 'keep', 'perturb' or 'drop'")
-        self.drop = empty == "drop"
-        self.settings = NCPSettings(ops, margin_um, feather_um, patch_um, prob, "keep" if self.drop else empty)
+        self.settings = NCPSettings(ops, margin_um, feather_um, patch_um, prob, empty)  # refuses prob outside [0, 1]
+        RandomizableTransform.__init__(self, prob)
+        self.mpp = None if mpp is None else float(check_mpp(mpp, 1))
+        self.seed = 0
 
-    @staticmethod
-    def kept(masks: Tensor) -> Tensor:
-        """The samples that ``empty="drop"`` keeps.
+    def randomize(self, data: Any = None) -> None:
+        """Draw the seed of the next perturbation."""
+        self.seed = int(self.R.randint(0, 1 << 62, dtype=np.int64))
+        # Whether the tile is perturbed follows from the seed, so that a batch of the same seed decides alike.
+        self._do_transform = bool(self.settings.perturbs(torch.tensor([self.seed]))[0])
 
-        Args:
-            masks: (B, 1, H, W) or (B, H, W), 1 on nuclei.
-
-        Returns:
-            (n,) int64: the rows that hold a nucleus, on the masks' device.
-        """
-        return (masks != 0).flatten(1).any(1).nonzero().squeeze(1)
-
-    def forward(
+    def __call__(
         self,
-        images: Tensor,
-        masks: Tensor,
-        mpp: float | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        seeds: Tensor | None = None,
-        check: bool = True,
+        img: NdarrayOrTensor,
+        mask: NdarrayOrTensor,
+        mpp: float | None = None,
+        donor: NdarrayOrTensor | None = None,
+        donor_mask: NdarrayOrTensor | None = None,
+        randomize: bool = True,
     ) -> Tensor:
-        """Perturb a batch.
+        """Perturb a tile.
 
         Args:
-            images: (B, 3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
-            masks: (B, 1, H, W) or (B, H, W), bool or 0 and 1: 1 on nuclei.
-            mpp: micrometres per pixel, one for all or one a sample; not needed where no length is in micrometres.
-            generator: where the seeds come from; None takes torch's global CPU generator.
-            seeds: (B,) int64, one a sample, in place of the generator. The same seed perturbs the same tile in the
-                same way in any batch; only which tile ``swap`` takes its background from depends on the batch.
-            check: look at the values of images and masks first, which makes a GPU wait. Shapes are looked at always.
+            img: (3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
+            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei.
+            mpp: micrometres per pixel; None takes the constructor's, then ``img.meta["mpp"]``.
+            donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
+            donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
+            randomize: draw anew; False repeats what ``self.seed`` decides.
 
         Returns:
-            A new tensor of the shape (``"drop"``: with fewer samples), dtype and device of ``images``; nuclear pixels
-            are bit-identical.
+            A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
 
         Raises:
-            ValueError: for images, masks, ``mpp`` or seeds that do not fit; the message names which.
+            ValueError: for inputs that do not fit; the message names which.
         """
-        if check or not isinstance(images, Tensor) or images.ndim != 4:
-            check_images(images)
-            masks = check_masks(masks, images)
-        batch = len(images)
-        if mpp is None and not self.settings.needs_mpp:
-            mpp = 1.0
-        scale = check_mpp(mpp, batch)
-        if seeds is None:
-            seeds = draw_seeds(batch, generator)
-        elif seeds.dtype != torch.int64 or tuple(seeds.shape) != (batch,):
-            raise ValueError(
-                f"seeds is {seeds.dtype} of the shape {tuple(seeds.shape)}; allowed is int64 of the shape ({batch},)"
-            )
-        if batch == 0:
-            return images.clone()
-        out = perturb(images, masks, scale, self.settings.draw(seeds), self.settings)
-        return out[self.kept(masks)] if self.drop else out
+        if randomize:
+            self.randomize()
+        scale = self.mpp if mpp is None else mpp
+        return _perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"{self.settings!r}, drop={self.drop}"
+
+class _PerturbDict(MapTransform):
+    """What the two dictionary twins share: where mask, mpp and donor come from."""
+
+    backend: ClassVar[list[TransformBackends]] = [TransformBackends.TORCH]
+    perturb: NucleiCenteredPerturb | RandNucleiCenteredPerturb
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        mask_key: str,
+        mpp_key: str,
+        donor_key: str | None,
+        donor_mask_key: str | None,
+        allow_missing_keys: bool,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        self.mask_key, self.mpp_key = mask_key, mpp_key
+        self.donor_key, self.donor_mask_key = donor_key, donor_mask_key
+
+    def _needed(self, data: dict[Hashable, Any], key: str) -> Any:
+        """``data[key]``, its pending operations carried out: Compose does that for the keys it knows alone."""
+        if key not in data:
+            raise ValueError(
+                f"{key} is missing; allowed is a dictionary that holds it, this one has {sorted(map(str, data))}"
+            )
+        if isinstance(data[key], MetaTensor) and data[key].has_pending_operations:
+            data[key], _ = apply_pending(data[key])
+        return data[key]
+
+    def _perturb_all(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        d = dict(data)
+        mask = self._needed(d, self.mask_key)
+        donor = None if self.donor_key is None else self._needed(d, self.donor_key)
+        donor_mask = None if self.donor_mask_key is None else self._needed(d, self.donor_mask_key)
+        mpp: Any = d.get(self.mpp_key, self.perturb.mpp)
+        names = (self.mask_key, str(self.donor_key), str(self.donor_mask_key))
+        for key in self.key_iterator(d):
+            image = self._needed(d, str(key))
+            d[key] = _perturb_one(
+                image, mask, mpp, self.perturb.seed, self.perturb.settings, donor, donor_mask, (str(key), *names)
+            )
+        return d
+
+
+class NucleiCenteredPerturbd(_PerturbDict):
+    """Dictionary twin of :class:`NucleiCenteredPerturb`.
+
+    Args:
+        keys: the tiles to perturb.
+        ops: as :class:`NucleiCenteredPerturb` takes them.
+        mask_key: where the nuclei are.
+        mpp: micrometres per pixel where ``mpp_key`` is absent.
+        mpp_key: where a tile's own micrometres per pixel are.
+        donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
+        donor_mask_key: where its nuclei are; None takes the donor as it is.
+        seed: decides the noise, and where patches and rectangles lie.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        allow_missing_keys: pass over keys that are not there.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        ops: Mapping[str, float],
+        mask_key: str = "nuclei",
+        mpp: float | None = None,
+        mpp_key: str = "mpp",
+        donor_key: str | None = None,
+        donor_mask_key: str | None = None,
+        seed: int = 0,
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        empty: str = "keep",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys)
+        self.perturb = NucleiCenteredPerturb(ops, mpp, seed, margin_um, feather_um, patch_um, empty)
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        """Perturb every key; ValueErrors name the key that does not fit."""
+        return self._perturb_all(data)
+
+
+class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
+    """Dictionary twin of :class:`RandNucleiCenteredPerturb`; all keys are perturbed with the same seed.
+
+    Args:
+        keys: the tiles to perturb.
+        ops: as :class:`RandNucleiCenteredPerturb` takes them.
+        mask_key: where the nuclei are.
+        mpp: micrometres per pixel where ``mpp_key`` is absent.
+        mpp_key: where a tile's own micrometres per pixel are.
+        donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
+        donor_mask_key: where its nuclei are; None takes the donor as it is.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        prob: probability that a tile is perturbed at all.
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        allow_missing_keys: pass over keys that are not there.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        ops: str | Mapping[str, Any] = "default",
+        mask_key: str = "nuclei",
+        mpp: float | None = None,
+        mpp_key: str = "mpp",
+        donor_key: str | None = None,
+        donor_mask_key: str | None = None,
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        prob: float = 1.0,
+        empty: str = "keep",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        _PerturbDict.__init__(self, keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys)
+        self.perturb = RandNucleiCenteredPerturb(ops, mpp, margin_um, feather_um, patch_um, prob, empty)
+        RandomizableTransform.__init__(self, prob)
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> RandNucleiCenteredPerturbd:
+        """Set the state that seeds are drawn from."""
+        super().set_random_state(seed, state)
+        self.perturb.set_random_state(seed, state)
+        return self
+
+    def randomize(self, data: Any = None) -> None:
+        """Draw the seed of the next perturbation."""
+        self.perturb.randomize()
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        """Perturb every key; ValueErrors name the key that does not fit."""
+        self.randomize()
+        return self._perturb_all(data)
+
+
+NucleiCenteredPerturbD = NucleiCenteredPerturbDict = NucleiCenteredPerturbd
+RandNucleiCenteredPerturbD = RandNucleiCenteredPerturbDict = RandNucleiCenteredPerturbd

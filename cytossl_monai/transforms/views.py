@@ -33,7 +33,7 @@ def _pair(key: str, value: Sequence[float], low: float, high: float) -> tuple[fl
     return pair[0], pair[1]
 
 
-def _probability(key: str, value: float) -> float:
+def _part(key: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{key} is {value!r}; allowed is a number in [0, 1]")
     return float(value)
@@ -123,16 +123,17 @@ class ViewGenerator(nn.Module):
             raise ValueError("ncp has empty='drop'; allowed here is 'keep' or 'perturb': all views need the same tiles")
         self.ncp = ncp
         self.ncp_views = self._chosen_views(ncp_views)
-        self.nucleus_prob = _probability("nucleus_prob", nucleus_prob)
+        self.nucleus_prob = _part("nucleus_prob", nucleus_prob)
         self.segmenter = segmenter or _default_segmenter
         self.find_nuclei = find_nuclei
         self.flip, self.turn = flip, turn
-        self.stain_prob = _probability("stain_prob", stain_prob)
-        self.stain_scale, self.stain_shift = float(stain_scale), float(stain_shift)
-        self.blur_prob = _probability("blur_prob", blur_prob)
+        self.stain_prob = _part("stain_prob", stain_prob)
+        self.stain_scale = _part("stain_scale", stain_scale)
+        self.stain_shift = _part("stain_shift", stain_shift)
+        self.blur_prob = _part("blur_prob", blur_prob)
         self.blur_sigma = _pair("blur_sigma", blur_sigma, 0.0, 100.0)
-        self.grey_prob = _probability("grey_prob", grey_prob)
-        self.solarise_prob = _probability("solarise_prob", solarise_prob)
+        self.grey_prob = _part("grey_prob", grey_prob)
+        self.solarise_prob = _part("solarise_prob", solarise_prob)
         self.drop_empty = drop_empty
 
     def _chosen_views(self, chosen: str | Sequence[int]) -> frozenset[int]:

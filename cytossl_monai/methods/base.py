@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cytossl_monai.methods.batchnorm import synchronise_batchnorm
 from cytossl_monai.methods.momentum import follow, make_teacher, set_teacher_mode
 
-__all__ = ["SSLMethod", "Views", "has_patches", "require_tokens", "token_width"]
+__all__ = ["SSLMethod", "Views", "require_tokens", "token_width"]
 
 Views = Mapping[str, Sequence[Tensor]]
 """``global`` and ``local``: lists of (B, 3, H, W) float32 in [0, 1]; ``nuclei``: list of (B, 1, H, W) bool."""
@@ -145,21 +145,20 @@ class SSLMethod(nn.Module):
         return [list(run) for _, run in itertools.groupby(views, key=lambda view: view.shape[-2:])]
 
 
-def has_patches(encoder: nn.Module) -> bool:
-    """Whether an encoder cuts images into patches (ViT, SR-Transformer), told by its module ``patch_embedding``."""
-    return any(name.rsplit(".", 1)[-1] == "patch_embedding" for name, _ in encoder.named_modules())
-
-
 def require_tokens(encoder: nn.Module, method: str) -> None:
-    """Refuse an encoder that has no tokens.
+    """Refuse an encoder that has no patch tokens.
 
     Raises:
         ValueError: names the backbones that serve.
     """
-    if not (hasattr(encoder, "forward_tokens") and has_patches(encoder)):
+    try:
+        has_tokens = hasattr(encoder, "forward_tokens") and bool(getattr(encoder, "patch_size", None))
+    except ValueError:  # what Encoder.patch_size says of a network without patches
+        has_tokens = False
+    if not has_tokens:
         network = type(getattr(encoder, "network", encoder)).__name__
         raise ValueError(
-            f"{method} masks patches, which {network} does not have: use a ViT or an SR-Transformer "
+            f"{method} masks patches, which {network} does not give: use an SR-Transformer or its dense ViT "
             "(backbone vit_small, sr_vit_tiny, sr_vit_small or sr_vit_base). MoCo v3, SimCLR, BYOL and DINO take any"
         )
 

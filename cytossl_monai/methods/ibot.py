@@ -144,6 +144,9 @@ class IBOT(SSLMethod):
         with torch.no_grad():
             self.hold_teacher_mode()
             seen, seen_patches = self.teacher.forward_tokens(images)  # type: ignore[operator]
+            if getattr(self.student.network, "drop_background", None) is not None:
+                # Blank glass that was not encoded comes back as zeros: nothing to learn there.
+                mask = mask & seen_patches.any(-1)
             targets, patch_targets = self._targets(seen, seen_patches[mask])
         tokens, patches = self.student.forward_tokens(images, mask=mask, mask_token=self.mask_token)
         runs = [self.student.forward_tokens(torch.cat(run))[0] for run in self.runs(views.get("local", ()))]

@@ -9,6 +9,7 @@ gradient is the large batch's for every method, at the price of one more forward
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,18 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["checkpoint_blocks", "encode_in_pieces"]
 
 
+_PER_SAMPLE = ("mask", "keep", "foreground")
+"""Arguments of an encoder that have one row a sample, and are cut with the images."""
+
+
 def _in_pieces(function: Callable[..., Any], pieces: int, per_sample: tuple[str, ...]) -> Callable[..., Any]:
     """Wrap a function of (B, ...) tensors so that it runs on B / pieces samples at a time."""
 
-    def run(images: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            raise TypeError("an encoder that runs in pieces takes its options by name")
+    signature = inspect.signature(function)
+
+    def run(*given: Any, **named: Any) -> Any:
+        kwargs = dict(signature.bind(*given, **named).arguments)
+        images = kwargs.pop(next(iter(kwargs)))
         if not torch.is_grad_enabled() or len(images) < 2:
             return function(images, **kwargs)
         count = min(pieces, len(images))
@@ -61,10 +68,10 @@ def encode_in_pieces(encoder: nn.Module, pieces: int) -> None:
             "accumulation_steps > 1 cannot equal the large batch with an encoder that has batch normalisation; "
             "set accumulation to 'sum' (its statistics are then those of the small batches), or take a ViT"
         )
-    encoder.forward = _in_pieces(encoder.forward, pieces, ())  # type: ignore[method-assign]
+    encoder.forward = _in_pieces(encoder.forward, pieces, _PER_SAMPLE)  # type: ignore[method-assign]
     tokens: Any = getattr(encoder, "forward_tokens", None)
     if tokens is not None:
-        encoder.forward_tokens = _in_pieces(tokens, pieces, ("mask", "keep"))  # type: ignore[assignment]
+        encoder.forward_tokens = _in_pieces(tokens, pieces, _PER_SAMPLE)  # type: ignore[assignment]
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
@@ -80,6 +87,12 @@ def checkpoint_blocks(encoder: nn.Module) -> int:
         ValueError: when no list of blocks is found.
     """
     found = 0
+    for module in encoder.modules():
+        if hasattr(module, "checkpoint_activations") and isinstance(getattr(module, "blocks", None), nn.ModuleList):
+            module.checkpoint_activations = True  # type: ignore[assignment]
+            found += len(module.blocks)  # type: ignore[arg-type]
+    if found:
+        return found
     for name, module in encoder.named_modules():
         leaf = name.rsplit(".", 1)[-1]
         if not (leaf in ("blocks", "layers") or leaf.startswith("layer")):

@@ -33,7 +33,7 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
 
 
 def _config_folder(here: Path) -> Path | None:
-    """The folder above the configs of ``--config_file x`` or ``--config_file=x``, of the first file if there are more."""
+    """The folder above the configs of ``--config_file x`` or ``--config_file=x``; of the first file of several."""
     for position, argument in enumerate(sys.argv):
         key, _, value = argument.partition("=")
         if key.lstrip("-") == "config_file":

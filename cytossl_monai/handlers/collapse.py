@@ -55,9 +55,9 @@ class CollapseMonitor:
         samples: features to pool.
         min_spread: below it, complete collapse: all images get nearly the same feature.
         min_rank: below this share of the possible rank, dimensional collapse: few directions are used.
-        min_entropy: nats; a teacher (DINO, iBOT) whose targets have a mean of less entropy sees one class everywhere, and
-            one whose targets differ from their mean by less tells nothing apart. Judged after a tenth of the run, as
-            every teacher begins so.
+        min_entropy: nats; a teacher (DINO, iBOT) whose targets have a mean of less entropy sees one class everywhere,
+            and one whose targets differ from their mean by less tells nothing apart. Judged after a tenth of the run,
+            as every teacher begins so.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class CollapseMonitor:
     def _judge_teacher(self, step: int, entropy: float, spread: float) -> None:
         if spread < self.min_entropy:
             self._warn(
-                f"Step {step}: the teacher gives all images the same class (entropy of its mean target {spread:.3f} nats). "
-                "Centring is too weak: raise the teacher's temperature, or use Sinkhorn-Knopp."
+                f"Step {step}: the teacher gives all images the same class (entropy of its mean target {spread:.3f} "
+                "nats). Centring is too weak: raise the teacher's temperature, or use Sinkhorn-Knopp."
             )
         elif spread - entropy < self.min_entropy:
             self._warn(

@@ -6,4 +6,8 @@ The package mirrors MONAI's own layout (``data``, ``transforms``, ``networks``, 
 
 from __future__ import annotations
 
+from cytossl_monai.registry import register_short_names
+
 __version__ = "0.1.0"
+
+register_short_names()

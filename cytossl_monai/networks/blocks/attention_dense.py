@@ -1,4 +1,4 @@
-"""Attention of blocks of queries over blocks of keys with iRPE: the core of the dense, ``topk`` and ``routed`` paths."""
+"""Attention of blocks of queries over blocks of keys with iRPE: the core of every path but the reference."""
 
 from __future__ import annotations
 

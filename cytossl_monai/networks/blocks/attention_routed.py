@@ -187,18 +187,18 @@ def routed_attention(
         return output
 
     # Prefix tokens see the whole image.
-    prefix_ids = None
+    class_ids: Tensor | None = None
     if irpe is not None:
         own = irpe.prefix_buckets(prefix, device)
         others = own.new_full((prefix, sequence_key.shape[2] - prefix), 0) + own.unsqueeze(1)
-        prefix_ids = torch.cat([torch.minimum(own.unsqueeze(0), own.unsqueeze(1)), others], dim=1)
+        class_ids = torch.cat([torch.minimum(own.unsqueeze(0), own.unsqueeze(1)), others], dim=1)
     prefix_mask = None if sequence_mask is None else sequence_mask[:, None, None, :]
     prefix_rows = tiles.sequence_rows[:, :prefix]
     prefix_out, _ = attend(
         take(query, prefix_rows),
         sequence_key,
         take(value, tiles.sequence_rows),
-        prefix_ids,
+        class_ids,
         tables,
         prefix_mask,
         dropout=dropout,

@@ -190,6 +190,9 @@ class IRPE(nn.Module):
     """
 
     bucket_of_offset: Tensor
+    key_table: nn.Parameter | None
+    query_table: nn.Parameter | None
+    value_table: nn.Parameter | None
 
     def __init__(
         self,

@@ -190,7 +190,8 @@ class SparseAttention(nn.Module):
         prefix = layout.num_prefix
         full = qkv.new_zeros(layout.batch, self.num_heads, prefix + cells, prefix + cells)
         starts, positions, first = layout.offsets(), layout.positions, 0
-        assert layout.counts is not None and positions is not None
+        assert layout.counts is not None
+        assert positions is not None
         for image, count in enumerate(layout.counts):
             query, key, value = qkv[starts[image] : starts[image + 1]].unsqueeze(0).permute(2, 0, 3, 1, 4)
             own = positions[first : first + count].unsqueeze(0)
@@ -208,7 +209,8 @@ def _groups(layout: TokenLayout, device: torch.device) -> list[tuple[Tensor, Ten
     Returns:
         for each group: rows (G, L) padded with row 0, real (G, L) bool, and the group's batched layout.
     """
-    assert layout.counts is not None and layout.positions is not None
+    assert layout.counts is not None
+    assert layout.positions is not None
     counts, starts, prefix = layout.counts, layout.offsets(), layout.num_prefix
     order = sorted(range(layout.batch), key=lambda image: -counts[image])
     members: list[list[int]] = []

@@ -262,7 +262,7 @@ class SRTransformer(nn.Module):
         keep: Tensor | None = None,
         foreground: Tensor | None = None,
     ) -> tuple[Tensor, TokenLayout, Tensor | None]:
-        """Tokens with positions and prefix, their layout, and (B, N) bool of the patches kept where some were dropped."""
+        """Tokens with positions and prefix, their layout, and (B, N) bool of the patches kept (None: all)."""
         if x.dim() != 4:
             raise ValueError(f"Images must be (B, C, H, W); got a tensor of shape {tuple(x.shape)}.")
         batch = x.shape[0]

@@ -32,8 +32,8 @@ __all__ = [
 
 WORKING_MPP = 0.5
 """Micrometres per pixel at which regions are picked, whatever the tile's own resolution: one set of rules for all."""
-SMOOTHING = 0.5
-"""Standard deviation of the Gaussian, in micrometres, that takes chromatin texture and camera noise away."""
+SMOOTHING = 0.2
+"""Standard deviation in micrometres of the Gaussian that takes camera noise away. More would round off small nuclei."""
 
 
 def check_image(image: Any, name: str = "image") -> torch.Tensor:

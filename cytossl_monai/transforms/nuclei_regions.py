@@ -24,27 +24,52 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class RegionRules:
-    """What counts as a nucleus.
+    """What counts as a nucleus: hard limits, and the scale on which the rest is weighed against each other.
+
+    The likeness of a region to a nucleus is its contrast, scaled down for what is small, large, elongated or ragged::
+
+        contrast * support * size * (roundness / 0.97) ** roundness_power * min(1, elongation_free / elongation) ** 2
+
+    with ``size`` rising linearly from 0 at ``min_diameter`` to 1 at ``typical_diameter``, and falling from 1 at
+    ``large_diameter`` to 0 at ``max_diameter``. So a speck must be far darker than its surroundings, a large pale
+    nucleus need not be.
 
     Args:
-        min_diameter: smallest equivalent diameter in micrometres.
-        max_diameter: largest equivalent diameter in micrometres.
-        min_contrast: smallest mean step in optical density across a nucleus' edge.
-        min_support: smallest share of the edge that shows at least half of ``min_contrast``.
-        min_roundness: smallest ratio of a region's area to that of the ellipse with the same second moments.
-        max_elongation: largest ratio of the axes of that ellipse.
+        min_diameter: equivalent diameter in micrometres at and below which nothing is a nucleus.
+        typical_diameter: from this diameter on size speaks for a nucleus as much as it can.
+        large_diameter: from this diameter on size speaks against it.
+        max_diameter: equivalent diameter in micrometres at and above which nothing is a nucleus.
+        min_contrast: smallest mean step in optical density across the edge.
+        noise_factor: the step must also be this many times the noise of the tile (a robust standard deviation).
+        min_likeness: smallest likeness.
+        roundness_power: how much it costs to differ from an ellipse. Roundness is the ratio of a region's area to that
+            of the ellipse with the same second moments, 1 for an ellipse.
+        elongation_free: ratio of that ellipse's axes up to which elongation costs nothing.
         level_step: distance of the levels in optical density.
         edge_reach: micrometres from the edge, inwards and outwards, at which its two sides are compared.
+
+    Raises:
+        ValueError: diameters that do not rise, or a step, reach or contrast that is not positive.
     """
 
-    min_diameter: float = 3.6
-    max_diameter: float = 26.0
-    min_contrast: float = 0.12
-    min_support: float = 0.7
-    min_roundness: float = 0.85
-    max_elongation: float = 3.2
+    min_diameter: float = 2.8
+    typical_diameter: float = 7.5
+    large_diameter: float = 14.0
+    max_diameter: float = 28.0
+    min_contrast: float = 0.06
+    noise_factor: float = 2.5
+    min_likeness: float = 0.05
+    roundness_power: float = 4.0
+    elongation_free: float = 1.6
     level_step: float = 0.025
-    edge_reach: float = 0.9
+    edge_reach: float = 0.65
+
+    def __post_init__(self) -> None:
+        sizes = (self.min_diameter, self.typical_diameter, self.large_diameter, self.max_diameter)
+        if not 0 <= sizes[0] < sizes[1] <= sizes[2] < sizes[3]:
+            raise ValueError(f"The diameters {sizes} must rise: min, typical, large, max, in micrometres.")
+        if min(self.min_contrast, self.level_step, self.edge_reach, self.elongation_free) <= 0:
+            raise ValueError("min_contrast, level_step, edge_reach and elongation_free must be positive.")
 
 
 @dataclass
@@ -69,6 +94,17 @@ def _edge_step(density: Float, reach: float) -> Float:
     return inner - outer
 
 
+def noise_level(density: Float) -> float:
+    """Robust standard deviation of the noise: from the second differences that a slow image would not have."""
+    if min(density.shape) < 3:
+        return 0.0
+    mixed = density[:-2, :-2] - 2 * density[:-2, 1:-1] + density[:-2, 2:]
+    mixed = mixed - 2 * (density[1:-1, :-2] - 2 * density[1:-1, 1:-1] + density[1:-1, 2:])
+    mixed = mixed + density[2:, :-2] - 2 * density[2:, 1:-1] + density[2:, 2:]
+    # The mask [1 -2 1] x [1 -2 1] has norm 6 (Immerkaer 1996); 0.6745 is the median of |N(0, 1)|.
+    return float(np.median(np.abs(mixed)) / (6 * 0.6745))
+
+
 def select_regions(density: Float, mpp: float, rules: RegionRules) -> tuple[NDArray[np.int32], Float]:
     """Pick the best non-overlapping regions.
 
@@ -84,6 +120,7 @@ def select_regions(density: Float, mpp: float, rules: RegionRules) -> tuple[NDAr
     levels = np.arange(low + 0.5 * rules.min_contrast, high, rules.level_step)
     if not len(levels):
         return np.zeros(density.shape, np.int32), np.zeros(0, np.float32)
+    floor = max(rules.min_contrast, rules.noise_factor * noise_level(density))
     step = _edge_step(density, rules.edge_reach / mpp)
     supported = (step >= 0.5 * rules.min_contrast).astype(np.float32)
     eroded = ndimage.minimum_filter(density, footprint=ndimage.generate_binary_structure(2, 1), mode="nearest")
@@ -120,15 +157,19 @@ def select_regions(density: Float, mpp: float, rules: RegionRules) -> tuple[NDAr
         contrast = np.bincount(rim_owner, step[rim_pixels], n) / rim_length
         support = np.bincount(rim_owner, supported[rim_pixels], n) / rim_length
         diameter = 2 * np.sqrt(area / np.pi) * mpp
-        fit = (
-            (diameter >= rules.min_diameter)
-            & (diameter <= rules.max_diameter)
-            & (contrast >= rules.min_contrast)
-            & (support >= rules.min_support)
-            & (roundness >= rules.min_roundness)
-            & (elongation <= rules.max_elongation)
+        size = np.minimum(
+            (diameter - rules.min_diameter) / (rules.typical_diameter - rules.min_diameter),
+            (rules.max_diameter - diameter) / (rules.max_diameter - rules.large_diameter),
         )
-        score = np.where(fit, contrast * support * roundness**2, 0.0).astype(np.float32)
+        likeness = (
+            contrast
+            * support
+            * np.clip(size, 0.0, 1.0)
+            * (roundness / 0.97) ** rules.roundness_power
+            * np.minimum(1.0, rules.elongation_free / elongation) ** 2
+        )
+        fit = (likeness >= rules.min_likeness) & (contrast >= floor)
+        score = np.where(fit, likeness, 0.0).astype(np.float32)
         score[0] = 0.0
         parent = np.zeros(n, np.int64)
         if previous is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any, Literal
 
@@ -122,8 +123,13 @@ def wrap(
     device = next(method.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     # Teachers and running statistics move alike in all processes, and batch normalisation synchronises by itself.
-    options.setdefault("broadcast_buffers", False)
+    options.setdefault("forward_sync_buffers" if _renamed() else "broadcast_buffers", False)
     return DistributedDataParallel(method, device_ids=ids, find_unused_parameters=find_unused_parameters, **options)
+
+
+def _renamed() -> bool:
+    """Whether this PyTorch knows ``broadcast_buffers`` by its new name."""
+    return "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 
 
 def prepare(

@@ -29,14 +29,14 @@ class PreemptionHandler:
     save the same step.
 
     Args:
-        checkpoint: the handler that saves.
+        checkpoint: the handler that saves; default: the one that is attached to the trainer before this one.
         signals: names of the signals to obey.
         every_steps: steps between two agreements among processes; a single process looks after every step.
     """
 
     def __init__(
         self,
-        checkpoint: CheckpointHandler,
+        checkpoint: CheckpointHandler | None = None,
         signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
         every_steps: int = 5,
     ) -> None:
@@ -46,7 +46,16 @@ class PreemptionHandler:
         self._before: dict[int, object] = {}
 
     def attach(self, engine: SSLTrainer) -> None:
-        """Listen while the run lasts."""
+        """Listen while the run lasts.
+
+        Raises:
+            ValueError: when there is no handler that saves.
+        """
+        if self.checkpoint is None:
+            found = engine.stateful.get("checkpoint")
+            if not isinstance(found, CheckpointHandler):
+                raise ValueError("PreemptionHandler needs a CheckpointHandler before it among the handlers")
+            self.checkpoint = found
         engine.add_event_handler(Events.STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
         engine.add_event_handler(Events.COMPLETED, self._restore)
@@ -78,6 +87,7 @@ class PreemptionHandler:
     def _look(self, engine: SSLTrainer) -> None:
         if not self._leaving(engine):
             return
+        assert self.checkpoint is not None
         self.checkpoint.save(engine)
         self._restore()
         message = (

@@ -1,1 +1,1 @@
-"""Multiple-instance classifiers, one file a method, all with one contract."""
+"""Multiple-instance classifiers: features of a slide's tiles in, a diagnosis with its evidence out."""

@@ -76,14 +76,15 @@ def windowed_order(chunks: Sequence[np.ndarray], window: int, rng: np.random.Gen
 class TileStream:
     """The endless sequence of item numbers of one source, addressed by position.
 
+    A pass has as many samples as the source has items. In each pass a slide gets its quota, and a tile of it as many
+    samples as its weight says, to within one: with equal weights and ``group_power=1`` every tile exactly once.
+
     Args:
         source: the data set.
         seed: the order is a function of it.
         group_power: see ``group_quotas``.
         window: chunks, each of one slide, that are mixed together.
         chunk: tiles of a chunk.
-        replacement: False takes a slide's tiles without repeats for as long as its quota allows (weights then say who
-            comes first and who is left out); True draws them independently.
 
     Raises:
         ValueError: when the source is empty, all weights are zero, or an argument is out of range.
@@ -96,7 +97,6 @@ class TileStream:
         group_power: float = 0.5,
         window: int = 16,
         chunk: int = 32,
-        replacement: bool = False,
     ) -> None:
         if len(source) == 0:
             raise ValueError("cannot sample from an empty data set")
@@ -109,7 +109,7 @@ class TileStream:
         if weights is not None and (not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0):
             raise ValueError("sampling weights must be finite and not negative, and one must be above zero")
         self.pass_length = len(source)
-        self.seed, self.window, self.chunk, self.replacement = seed, window, chunk, replacement
+        self.seed, self.window, self.chunk = seed, window, chunk
         wanted = np.arange(len(groups)) if weights is None else np.flatnonzero(weights > 0)
         by_group = wanted[np.argsort(groups[wanted], kind="stable")]
         ends = np.flatnonzero(np.diff(groups[by_group])) + 1
@@ -119,21 +119,12 @@ class TileStream:
         self._cached: tuple[int, np.ndarray] | None = None
 
     def _draw(self, members: np.ndarray, quota: int, rng: np.random.Generator) -> np.ndarray:
-        """``quota`` items of one group."""
-        weights = None if self._weights is None else self._weights[members]
-        if self.replacement:
-            chances = None if weights is None else weights / weights.sum()
-            return rng.choice(members, size=quota, replace=True, p=chances)
-        rounds = []
-        for left in range(quota, 0, -len(members)):
-            take = min(left, len(members))
-            if weights is None:
-                order = rng.permutation(len(members))
-            else:
-                # Weighted order without replacement: exponential races (Efraimidis and Spirakis, 2006).
-                order = np.argsort(rng.exponential(size=len(members)) / weights, kind="stable")
-            rounds.append(members[order[:take]])
-        return np.concatenate(rounds) if rounds else members[:0]
+        """``quota`` items of one group, each as often as its weight says to within one (systematic sampling)."""
+        shuffled = rng.permutation(members)
+        weights = np.ones(len(members)) if self._weights is None else self._weights[shuffled]
+        ends = np.cumsum(weights) / weights.sum() * quota
+        ends[-1] = quota
+        return shuffled[np.searchsorted(ends, np.arange(quota) + rng.random(), side="right")]
 
     def order(self, pass_number: int) -> np.ndarray:
         """(pass_length,) int64: the items of one pass in order."""
@@ -177,7 +168,6 @@ class SSLBatchSampler(Sampler[list[tuple[int, int]]]):
         group_power: how a slide's share grows with its number of tiles; see ``group_quotas``.
         window: slides (chunks of them) mixed at a time; bounds how many slides a batch needs open.
         chunk: tiles of a slide that stay together in a window.
-        replacement: see ``TileStream``.
         rank: this process.
         world_size: processes.
 
@@ -194,7 +184,6 @@ class SSLBatchSampler(Sampler[list[tuple[int, int]]]):
         group_power: float = 0.5,
         window: int = 16,
         chunk: int = 32,
-        replacement: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -210,7 +199,7 @@ class SSLBatchSampler(Sampler[list[tuple[int, int]]]):
         self._bounds = np.concatenate([[0.0], np.cumsum(shares / shares.sum())])
         self._bounds[-1] = 1.0
         self._streams = [
-            TileStream(source, derive_seed(seed, number), group_power, window, chunk, replacement)
+            TileStream(source, derive_seed(seed, number), group_power, window, chunk)
             for number, source in enumerate(sources)
         ]
         if epoch_length is not None and epoch_length < 1:

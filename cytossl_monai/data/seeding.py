@@ -18,7 +18,8 @@ def derive_seed(*parts: int) -> int:
     Returns:
         an integer in [0, 2**63), good for ``torch.Generator.manual_seed``.
     """
-    state = np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)
+    # The length goes in too: a seed sequence takes (0,) and (0, 0) for the same.
+    state = np.random.SeedSequence([len(parts), *(int(part) for part in parts)]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

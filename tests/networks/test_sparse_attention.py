@@ -23,7 +23,9 @@ RPES = [
 HEADS, WIDTH = 2, 8
 
 
-def make(sparsity: str, rpe: object, prefix: int, dtype: torch.dtype = torch.float32, **kwargs: object) -> SparseAttention:
+def make(
+    sparsity: str, rpe: object, prefix: int, dtype: torch.dtype = torch.float32, **kwargs: object
+) -> SparseAttention:
     module = SparseAttention(
         HEADS * WIDTH,
         HEADS,
@@ -145,7 +147,9 @@ def test_topk_keeps_the_number_it_says() -> None:
     assert kept[:, :, 0].eq(55).all()
 
 
-@pytest.mark.parametrize(("ratio", "patches", "kept"), [(0.5, 196, 98), (0.3, 54, 17), (1.0, 7, 7), (0.01, 9, 1), (0.1, 10, 1)])
+@pytest.mark.parametrize(
+    ("ratio", "patches", "kept"), [(0.5, 196, 98), (0.3, 54, 17), (1.0, 7, 7), (0.01, 9, 1), (0.1, 10, 1)]
+)
 def test_num_kept(ratio: float, patches: int, kept: int) -> None:
     assert num_kept(ratio, patches) == kept
 

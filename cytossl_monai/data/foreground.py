@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from cytossl_monai.data.slides import Slide
 
-__all__ = ["Grid", "InkRules", "LowPower", "find_ink", "look_at_low_power", "tile_means"]
+__all__ = ["Grid", "InkRules", "LowPower", "find_ink", "look_at_low_power", "near_level", "tile_means"]
 
 _BAND_PIXELS = 1 << 22
 
@@ -93,7 +93,7 @@ def look_at_low_power(
     Returns:
         shares for every tile of the grid.
     """
-    mpp = _near_level(slide, mpp)
+    mpp = near_level(slide, mpp)
     scale = mpp / slide.mpp
     width, height = max(1, int(np.ceil(slide.width / scale))), max(1, int(np.ceil(slide.height / scale)))
     table = _density_table(slide.glass)
@@ -186,7 +186,7 @@ def _edges(length: int, scale: float, offset: float, size: int, span: tuple[int,
     return edges.clip(0, length)
 
 
-def _near_level(slide: Slide, mpp: float) -> float:
+def near_level(slide: Slide, mpp: float) -> float:
     """``mpp``, or that of a level within 15 % of it: reading a level as it is costs less than resampling."""
     mpp = max(mpp, slide.mpp)
     levels = [slide.mpp * d for d in slide.level_downsamples]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from cytossl_monai.data.foreground import Grid, InkRules, look_at_low_power
-from cytossl_monai.data.index_nuclei import count_nuclei
+from cytossl_monai.data.index_nuclei import NucleusRules, count_nuclei
 from cytossl_monai.data.index_overview import draw_overview
 from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
 from cytossl_monai.data.slides import Slide, open_slide
@@ -45,6 +45,8 @@ class IndexSettings:
         min_dark_um2: a tile is proposed when this much of it may belong to nuclei, square micrometres.
         min_nucleus_um2: least area of a nucleus, square micrometres.
         min_contrast: density by which a nucleus exceeds its surroundings.
+        min_edge: density per micrometre at a nucleus' steepest edge.
+        max_elongation: length over width of a nucleus; threads have more.
         min_nuclei: a tile is kept when it holds at least so many nuclei.
         min_sharpness: tiles less sharp than this are left out; the slide's sharp tiles have about 1.
         max_ink_fraction: tiles with more than this share under a pen mark are left out.
@@ -60,6 +62,8 @@ class IndexSettings:
     min_dark_um2: float = 12.0
     min_nucleus_um2: float = 14.0
     min_contrast: float = 0.12
+    min_edge: float = 0.08
+    max_elongation: float = 4.0
     min_nuclei: int = 1
     min_sharpness: float = 0.35
     max_ink_fraction: float = 0.1
@@ -115,9 +119,8 @@ def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threa
     tile_um2 = (grid.size * slide.mpp) ** 2
     clear = low.ink <= settings.max_ink_fraction
     proposed = clear & (low.dark * tile_um2 >= settings.min_dark_um2)
-    nuclei = count_nuclei(
-        slide, grid, proposed, settings.nuclei_mpp, settings.min_nucleus_um2, settings.min_contrast, num_threads
-    )
+    rules = NucleusRules(settings.min_nucleus_um2, settings.min_contrast, settings.min_edge, settings.max_elongation)
+    nuclei = count_nuclei(slide, grid, proposed, settings.nuclei_mpp, rules, num_threads)
     with_nuclei = proposed & (nuclei.count >= max(1, settings.min_nuclei))
     # Sharp is what the slide's own sharp tiles are: stains and scanners differ.
     reference = float(np.percentile(nuclei.sharpness[with_nuclei], 90)) if with_nuclei.any() else 1.0

@@ -1,0 +1,55 @@
+"""Draw one row of pictures: a tile, its nuclei, six ways in which Nuclei-Centered Perturbation shows it.
+
+python scripts/bench/ncp_row.py --image nuclei_lbc/images/<name>.jpg --mpp 0.9 --output docs/images/ncp_row.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cytossl_monai.transforms.ncp_batched import BatchedNCP
+from cytossl_monai.transforms.nuclei_mask import nuclei_mask
+
+
+def six_views(tile: Tensor, mask: Tensor, mpp: float, ops: str, seed: int, donor: Tensor) -> Tensor:
+    """Six perturbations of one tile ((3, S, S) uint8); ``donor`` is the tile that backgrounds are swapped with."""
+    tiles = torch.stack([tile] * 6 + [donor])
+    masks = torch.cat([mask.expand(6, -1, -1, -1), nuclei_mask(donor[None], mpp)])
+    return BatchedNCP(ops)(tiles, masks, mpp, torch.Generator().manual_seed(seed))[:6]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--donor", type=Path, help="another field, whose background is swapped in; default: the image")
+    parser.add_argument("--mpp", type=float, required=True, help="micrometres per pixel of the image")
+    parser.add_argument("--x", type=int, default=0)
+    parser.add_argument("--y", type=int, default=0)
+    parser.add_argument("--size", type=int, default=192)
+    parser.add_argument("--ops", default="strong")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    def cut(path: Path, x: int, y: int) -> Tensor:
+        pixels = np.asarray(Image.open(path).convert("RGB"))[y : y + args.size, x : x + args.size]
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    tile = cut(args.image, args.x, args.y)
+    mask = nuclei_mask(tile[None], args.mpp)
+    views = six_views(tile, mask, args.mpp, args.ops, args.seed, cut(args.donor or args.image, args.x, args.y))
+    panels = [tile, mask[0].to(torch.uint8).mul(255).expand(3, -1, -1), *views]
+    gap = torch.full((3, args.size, 4), 255, dtype=torch.uint8)
+    strip = torch.cat([part for panel in panels for part in (panel, gap)][:-1], 2)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(strip.permute(1, 2, 0).numpy()).quantize(256).save(args.output, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Fail if an environment that was set up for a CPU holds a CUDA package.
 
-    .venv/bin/python scripts/check_cpu_install.py
+.venv/bin/python scripts/check_cpu_install.py
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def load_vit_weights(
             raise CheckpointError(f"{where}: no such file. Give a local file with a ViT's state dict.")
         try:
             weights = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - torch raises many kinds for damaged files; all mean the same here
+        except Exception as error:
             raise CheckpointError(f"{where}: cannot be read as weights ({error}).") from error
         if not isinstance(weights, Mapping):
             raise CheckpointError(f"{where}: holds {type(weights).__name__}, no state dict.")

@@ -39,7 +39,7 @@ def build(name: str) -> nn.Module:
     raise ValueError(name)
 
 
-def dark_spots(tiles, mpp):  # noqa: ANN001, ANN201
+def dark_spots(tiles, mpp):
     """Nuclei of the stand-in images: dark pixels."""
     del mpp
     return tiles.float().mean(1, keepdim=True) < 180

@@ -1,0 +1,168 @@
+"""Features of one slide to its prediction, with what every tile contributed; one classifier or an ensemble of folds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cytossl_monai.networks.mil.checkpoint import load_classifier, require_trained
+from cytossl_monai.networks.mil.classifier import MILClassifier
+from cytossl_monai.networks.mil.targets import class_probabilities
+from cytossl_monai.utils.errors import CheckpointError, FeatureError
+from cytossl_monai.utils.files import sha256_file
+
+__all__ = ["NEGATIVE_NAMES", "SlideClassifier", "SlidePrediction"]
+
+NEGATIVE_NAMES = ("negative", "nilm", "normal", "benign", "0")
+"""Class names, lower case, that are taken to mean "nothing suspicious" where the caller names none."""
+
+_TILE_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """What the classifier says about a slide.
+
+    Args:
+        label: the most probable class; for findings (``multilabel``) those above one half, joined by "+", or "none".
+        probabilities: calibrated probability of each class.
+        suspicion: in [0, 1], one minus the probability of the negative class; for findings the largest probability.
+        attention: (N,) float32, sums to one; equal shares where the method has no attention.
+        score: (N,) float32 in [0, 1], the suspicion of each tile as if it were the whole slide.
+        has_attention: whether the attention is the method's own.
+        spread: standard deviation of the suspicion between the members of an ensemble; 0 for one classifier.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    suspicion: float
+    attention: np.ndarray
+    score: np.ndarray
+    has_attention: bool
+    spread: float = 0.0
+
+
+class SlideClassifier:
+    """One or more MIL classifiers of the same classes; an ensemble averages probabilities and attention.
+
+    Args:
+        paths: classifier files of `save_classifier`.
+        device: where to compute.
+        negative_class: the class that means "nothing suspicious"; None looks for one of ``NEGATIVE_NAMES``, else
+            takes the first.
+
+    Raises:
+        CheckpointError: when a file cannot be loaded, or the files have different classes or encoders.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        device: str | torch.device = "cpu",
+        negative_class: str | None = None,
+    ) -> None:
+        files = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+        if not files:
+            raise CheckpointError("no classifier given; train one or give its path")
+        self.files = files
+        self.members: list[MILClassifier] = []
+        for file in files:
+            member = load_classifier(file, device)
+            require_trained(member, file)
+            self.members.append(member)
+        first = self.members[0]
+        for file, member in zip(files, self.members):
+            if member.classes != first.classes or member.target != first.target:
+                raise CheckpointError(f"{file} has the classes {member.classes}, {files[0]} has {first.classes}")
+            if member.encoder["hash"] != first.encoder["hash"] or member.encoder["dim"] != first.encoder["dim"]:
+                raise CheckpointError(f"{file} was trained on another encoder than {files[0]}; use folds of one study")
+        self.device = torch.device(device)
+        self.classes, self.target, self.encoder = first.classes, first.target, first.encoder
+        self.negative = self._negative(negative_class)
+
+    def _negative(self, name: str | None) -> int:
+        if name is not None:
+            if name not in self.classes:
+                raise CheckpointError(f"the class {name!r} is unknown to {self.files[0]}: it has {self.classes}")
+            return self.classes.index(name)
+        lower = [one.lower() for one in self.classes]
+        return next((lower.index(one) for one in NEGATIVE_NAMES if one in lower), 0)
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits of the classifier files."""
+        import hashlib
+
+        return hashlib.sha256("".join(sha256_file(file) for file in self.files).encode()).hexdigest()[:16]
+
+    @property
+    def versions(self) -> list[dict[str, Any]]:
+        """File, method and encoder of each member, for the record."""
+        return [
+            {"file": str(file), "method": type(member.network).__name__, "encoder": member.encoder}
+            for file, member in zip(self.files, self.members)
+        ]
+
+    def suspicion(self, probabilities: np.ndarray) -> np.ndarray:
+        """Suspicion (...) of probabilities (..., C)."""
+        if self.target == "multilabel":
+            return np.asarray(probabilities.max(-1))
+        return np.asarray(1 - probabilities[..., self.negative])
+
+    @torch.inference_mode()
+    def predict(self, features: np.ndarray, encoder: str | None, where: str) -> SlidePrediction:
+        """Classify one slide.
+
+        Args:
+            features: (N, D) of its tiles.
+            encoder: hash of the encoder that made them; None when unknown.
+            where: file or slide, for messages.
+
+        Raises:
+            FeatureError: when they are empty, not finite, or of another encoder.
+        """
+        if features.ndim != 2 or not len(features):
+            raise FeatureError(f"{where} is an empty bag: it has no tile to classify")
+        if not np.isfinite(features).all():
+            raise FeatureError(f"{where} holds NaN or infinite features; embed the slide again")
+        values = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(self.device)
+        probabilities, attentions, scores = [], [], []
+        for member in self.members:
+            member.check_features(features.shape[1], encoder, where)
+            told = member.predict(values[None])
+            probabilities.append(told.probabilities[0].double().cpu().numpy())
+            if told.output.attention is not None:
+                attentions.append(told.output.attention[0].float().cpu().numpy())
+            scores.append(self.suspicion(self._alone(member, values)))
+        mean = np.mean(probabilities, 0)
+        attention = np.mean(attentions, 0) if attentions else np.full(len(features), 1 / len(features))
+        return SlidePrediction(
+            label=self._label(mean),
+            probabilities={name: float(p) for name, p in zip(self.classes, mean)},
+            suspicion=float(self.suspicion(mean)),
+            attention=attention.astype(np.float32),
+            score=np.mean(scores, 0).astype(np.float32),
+            has_attention=bool(attentions),
+            spread=float(np.std([self.suspicion(p) for p in probabilities])),
+        )
+
+    @staticmethod
+    def _alone(member: MILClassifier, values: torch.Tensor) -> np.ndarray:
+        """(N, C) probabilities of every tile as a bag of one."""
+        parts = []
+        for start in range(0, len(values), _TILE_BATCH):
+            output = member.network(values[start : start + _TILE_BATCH, None])
+            parts.append(class_probabilities(output.logits / member.temperature, member.target).double().cpu().numpy())
+        return np.concatenate(parts)
+
+    def _label(self, probabilities: np.ndarray) -> str:
+        if self.target == "multilabel":
+            found = [name for name, p in zip(self.classes, probabilities) if p >= 0.5]
+            return "+".join(found) or "none"
+        return self.classes[int(probabilities.argmax())]

@@ -1,0 +1,182 @@
+"""The region picking of ``nuclei_regions`` for a whole batch at once, in PyTorch, on the device of the batch.
+
+A batch is one stack of planes: components are formed in all planes by one call, and everything measured on them is a
+sum over pixels grouped by component, so the work does not loop over samples. The loop that is left runs over levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from cytossl_monai.transforms.nuclei_regions import RegionRules
+
+__all__ = ["label_planes", "noise_levels", "pick_regions"]
+
+_IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
+_IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
+
+
+@dataclass
+class _Level:
+    labels: torch.Tensor
+    likeness: torch.Tensor
+    parent: torch.Tensor
+
+
+def _spread(labels: torch.Tensor) -> torch.Tensor:
+    """Greatest label among a pixel and its four neighbours in the plane."""
+    spread = labels.clone()
+    spread[:, 1:] = torch.maximum(spread[:, 1:], labels[:, :-1])
+    spread[:, :-1] = torch.maximum(spread[:, :-1], labels[:, 1:])
+    spread[:, :, 1:] = torch.maximum(spread[:, :, 1:], labels[:, :, :-1])
+    spread[:, :, :-1] = torch.maximum(spread[:, :, :-1], labels[:, :, 1:])
+    return spread
+
+
+def label_planes(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """4-connected components of every plane of a stack, numbered through the stack.
+
+    Args:
+        mask: bool (B, H, W). On a CPU SciPy labels the stack in one call; elsewhere labels spread between neighbours
+            and along the pointers that they are, until nothing changes (about ten rounds for a tile).
+
+    Returns:
+        int64 (B, H, W), 0 outside, 1..n inside; and n.
+    """
+    if mask.device.type == "cpu":
+        labels, count = ndimage.label(mask.numpy(), structure=_IN_PLANE)
+        return torch.from_numpy(labels).long(), int(count)
+    pixels = torch.arange(1, mask.numel() + 1, device=mask.device).view(mask.shape)
+    current = torch.where(mask, pixels, 0)
+    while True:
+        spread = torch.where(mask, _spread(current), 0)
+        # A label is the index of a pixel: what that pixel has learned in the meantime holds for this one as well.
+        table = torch.cat([spread.new_zeros(1), spread.flatten()])
+        spread = table[table[spread]]
+        if torch.equal(spread, current):
+            break
+        current = spread
+    values, inverse = torch.unique(current, return_inverse=True)
+    offset = 0 if values.numel() and int(values[0]) == 0 else 1
+    return inverse + offset, int(values.numel()) - 1 + offset
+
+
+def noise_levels(density: torch.Tensor) -> torch.Tensor:
+    """Robust standard deviation of the noise of every plane, float32 (B,); see ``nuclei_regions.noise_level``."""
+    if min(density.shape[-2:]) < 3:
+        return density.new_zeros(density.shape[0])
+    mixed = density[..., :-2] - 2 * density[..., 1:-1] + density[..., 2:]
+    mixed = mixed[:, :-2] - 2 * mixed[:, 1:-1] + mixed[:, 2:]
+    return mixed.abs().flatten(1).median(dim=1).values / (6 * 0.6745)
+
+
+def _edge_step(density: torch.Tensor, reach: float) -> torch.Tensor:
+    """Difference of the density across ``reach`` pixels to either side, from Sobel's gradient."""
+    padded = torch.nn.functional.pad(density[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    smooth = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    columns = smooth[..., 2:] - smooth[..., :-2]
+    smooth = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+    rows = smooth[:, 2:] - smooth[:, :-2]
+    return torch.hypot(rows, columns) * (reach / 4.0)
+
+
+def _grouped(owner: torch.Tensor, n: int, *values: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.bincount(owner, weights=value, minlength=n) for value in values]
+
+
+def pick_regions(
+    density: torch.Tensor, levels: torch.Tensor, mpp: float, rules: RegionRules
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick the best non-overlapping regions of every plane.
+
+    Args:
+        density: float32 (B, H, W) nuclear density.
+        levels: float32 (L, B), rising along the first axis: levels at which each plane is cut.
+        mpp: micrometres per pixel.
+        rules: what counts as a nucleus.
+
+    Returns:
+        region bool (B, H, W), and the level at which each picked pixel's region was cut, float32 (B, H, W), infinite
+        outside.
+    """
+    batch, height, width = density.shape
+    floor = (rules.noise_factor * noise_levels(density)).clamp_min(rules.min_contrast)
+    step = _edge_step(density, rules.edge_reach / mpp)
+    low = torch.nn.functional.pad(density[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    eroded = torch.minimum(
+        torch.minimum(low[:, :-2, 1:-1], low[:, 2:, 1:-1]), torch.minimum(low[:, 1:-1, :-2], low[:, 1:-1, 2:])
+    )
+    tree: list[_Level] = []
+    previous: torch.Tensor | None = None
+    for level in levels:
+        cut = level[:, None, None]
+        labels, count = label_planes(density > cut)
+        if count == 0:
+            break
+        flat = labels.flatten()
+        pixels = flat.nonzero().flatten()
+        owner = flat[pixels]
+        n = count + 1
+        plane = torch.div(pixels, height * width, rounding_mode="floor")
+        r = torch.div(pixels, width, rounding_mode="floor").remainder(height).double()
+        c = pixels.remainder(width).double()
+        ones, sum_r, sum_c, sum_rr, sum_cc, sum_rc = _grouped(owner, n, torch.ones_like(r), r, c, r * r, c * c, r * c)
+        area = ones.clamp_min(1)
+        mean_r, mean_c = sum_r / area, sum_c / area
+        var_r, var_c = sum_rr / area - mean_r**2 + 1 / 12, sum_cc / area - mean_c**2 + 1 / 12
+        root = (((var_r - var_c) / 2) ** 2 + (sum_rc / area - mean_r * mean_c) ** 2).sqrt()
+        major, minor = (var_r + var_c) / 2 + root, ((var_r + var_c) / 2 - root).clamp_min(1e-9)
+        rim = pixels[(eroded <= cut).flatten()[pixels]]
+        rim_step = step.flatten()[rim].double()
+        length, contrast, support = _grouped(
+            flat[rim], n, torch.ones_like(rim_step), rim_step, (rim_step >= 0.5 * rules.min_contrast).double()
+        )
+        contrast, support = contrast / length.clamp_min(1), support / length.clamp_min(1)
+        diameter = 2 * (area / torch.pi).sqrt() * mpp
+        size = torch.minimum(
+            (diameter - rules.min_diameter) / (rules.typical_diameter - rules.min_diameter),
+            (rules.max_diameter - diameter) / (rules.max_diameter - rules.large_diameter),
+        )
+        roundness = area / (4 * torch.pi * (major * minor).sqrt())
+        likeness = contrast * support * size.clamp(0, 1) * (roundness / 0.97) ** rules.roundness_power
+        likeness = likeness * (rules.elongation_free * (minor / major).sqrt()).clamp_max(1) ** 2
+        home = torch.zeros(n, dtype=torch.long, device=density.device)
+        home[owner] = plane
+        fit = (likeness >= rules.min_likeness) & (contrast >= floor[home])
+        fit[0] = False
+        first = torch.zeros(n, dtype=torch.long, device=density.device)
+        first[owner] = pixels
+        parent = torch.zeros_like(first) if previous is None else previous[first]
+        tree.append(_Level(labels, torch.where(fit, likeness, 0.0), parent))
+        previous = flat
+    return _best_cut(tree, levels, density)
+
+
+def _best_cut(tree: list[_Level], levels: torch.Tensor, density: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``nuclei_regions._best_cut``: a region stays unless those inside it are better on the average."""
+    bar = torch.full_like(density, float("inf"))
+    taken: list[torch.Tensor] = [torch.zeros(0)] * len(tree)
+    inherited, parent = torch.zeros(0), torch.zeros(0)
+    for index in range(len(tree) - 1, -1, -1):
+        likeness = tree[index].likeness
+        best = torch.zeros_like(likeness)
+        if index + 1 < len(tree):
+            has = inherited > 0
+            total, weight = torch.zeros_like(likeness), torch.zeros_like(likeness)
+            total.index_add_(0, parent[has], inherited[has])
+            weight.index_add_(0, parent[has], torch.ones_like(inherited[has]))
+            best = total / weight.clamp_min(1)
+        taken[index] = (likeness > 0) & (likeness >= best)
+        inherited, parent = torch.maximum(likeness, best), tree[index].parent
+    covered = torch.zeros(0)
+    for index, level in enumerate(tree):
+        inside = covered[level.parent] if index else torch.zeros_like(taken[0])
+        chosen = taken[index] & ~inside
+        covered = inside | chosen
+        where = chosen[level.labels]
+        bar = torch.where(where, levels[index][:, None, None], bar)
+    return bar.isfinite(), bar

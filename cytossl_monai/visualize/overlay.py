@@ -1,0 +1,84 @@
+"""The slide at low power under its heatmap, with a scale bar and a legend."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.visualize.heatmap import TileMap, colours, rgba
+
+__all__ = ["blend", "draw_overlay", "nice_length"]
+
+_INK = (33, 37, 41)
+_MARGIN = 64
+
+
+def nice_length(limit: float) -> float:
+    """The largest of 1, 2, 5 x 10^n that does not exceed ``limit`` (micrometres)."""
+    power = 10.0 ** np.floor(np.log10(limit))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= limit * (1 + 1e-9)))
+
+
+def blend(thumbnail: np.ndarray, heat: TileMap) -> Image.Image:
+    """The map laid over a thumbnail of the slide.
+
+    Args:
+        thumbnail: (3, h, w) uint8, the whole slide.
+        heat: the map.
+
+    Returns:
+        RGB picture of the thumbnail's size.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(thumbnail.transpose(1, 2, 0))).convert("RGBA")
+    layer = Image.fromarray(rgba(heat.values))
+    # The cells cover whole tiles, so the last ones hang over the slide's edge: cut what lies on the slide.
+    box = (0, 0, heat.width / heat.cell, heat.height / heat.cell)
+    layer = layer.resize(picture.size, Image.Resampling.NEAREST, box=box)
+    return Image.alpha_composite(picture, layer).convert("RGB")
+
+
+def draw_overlay(
+    path: str | os.PathLike[str], thumbnail: np.ndarray, heat: TileMap, title: str, legend: str = "attention"
+) -> Path:
+    """Draw the overlay.
+
+    Args:
+        path: PNG to write.
+        thumbnail: (3, h, w) uint8, the whole slide.
+        heat: the map.
+        title: line above the picture.
+        legend: what the colours mean.
+
+    Returns:
+        the path written.
+    """
+    path = Path(path)
+    over = blend(thumbnail, heat)
+    width = max(over.width, 480)
+    canvas = Image.new("RGB", (width, over.height + 2 * _MARGIN), "white")
+    canvas.paste(over, ((width - over.width) // 2, _MARGIN))
+    draw = ImageDraw.Draw(canvas)
+    font, small = ImageFont.load_default(22), ImageFont.load_default(16)
+    draw.text((16, 20), title, _INK, font)
+    um_per_pixel = heat.width * heat.mpp / over.width
+    length = nice_length(um_per_pixel * over.width / 4)
+    bar = length / um_per_pixel
+    base = over.height + _MARGIN + 22
+    left = (width - over.width) // 2 + 16
+    draw.rectangle((left, base, left + bar, base + 6), _INK)
+    told = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    draw.text((left, base + 12), told, _INK, small)
+    ramp = colours(np.repeat(np.linspace(0, 1, 180)[None], 14, 0))
+    right = width - (width - over.width) // 2 - 180 - 16
+    canvas.paste(Image.fromarray(ramp), (right, base - 4))
+    draw.text((right, base + 14), "low", _INK, small)
+    for text, at in ((legend, right + 90), ("high", right + 180)):
+        length_px = draw.textlength(text, font=small)
+        draw.text((at - (length_px / 2 if text == legend else length_px), base + 14), text, _INK, small)
+    with atomic_path(path) as partial:
+        canvas.save(partial, format="PNG")
+    return path

@@ -85,6 +85,7 @@ class BestClassifier:
         line |= {f"val_{name}": float(v) for name, v in metrics.items() if not name.startswith("_")}
         self.history.append(line)
         self._train_loss = []
+        logger.info("epoch %d: loss %.3f, validation loss %.3f, AUC %.3f", epoch, line["train_loss"], loss, auc)
         # An AUC that is undefined (a class is absent) leaves the decision to the loss.
         rank = auc if math.isfinite(auc) else 0.0
         if (rank, -loss) > (self.best["auc"] + 1e-9, -self.best["loss"]) or (

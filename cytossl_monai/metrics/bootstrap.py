@@ -98,7 +98,7 @@ def bootstrap_intervals(
 def bootstrap_metric(
     metric: Callable[..., float], *arrays: np.ndarray, groups: Sequence[str] | np.ndarray | None = None, **settings: int
 ) -> Interval:
-    """Interval of one figure ``metric(*arrays)`` over arrays of one length; ``settings`` as in ``bootstrap_intervals``."""
+    """Interval of one figure ``metric(*arrays)`` over arrays; ``settings`` as in ``bootstrap_intervals``."""
     return bootstrap_intervals(
         lambda rows: {"value": metric(*(np.asarray(a)[rows] for a in arrays))}, len(arrays[0]), groups, **settings
     )["value"]

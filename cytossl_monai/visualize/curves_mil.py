@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cytossl_monai.metrics.classification import auc, confusion_matrix, one_vs_rest, roc_curve
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["plot_confusion_matrix", "plot_roc"]
+__all__ = ["plot_confusion_matrix", "plot_few_shot", "plot_roc"]
 
 
 def plot_roc(
@@ -91,6 +92,29 @@ def plot_confusion_matrix(
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="predicted", ylabel="true", title=title)
+    return _save(figure, path)
+
+
+def plot_few_shot(path: str | os.PathLike[str], curves: Mapping[str, pd.DataFrame]) -> Path:
+    """Draw test AUC over the number of training slides a class, with the spread over the repeats, as PNG.
+
+    Args:
+        path: PNG file.
+        curves: by name (of an encoder, say): columns ``shots, mean, low, high``.
+    """
+    figure = Figure(figsize=(5.5, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        (line,) = axes.plot(curve["shots"], curve["mean"], marker="o", label=name or None)
+        axes.fill_between(curve["shots"], curve["low"], curve["high"], alpha=0.2, color=line.get_color())
+    ticks = sorted({int(k) for curve in curves.values() for k in curve["shots"]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.set(xlabel="training slides a class", ylabel="AUC on other patients", ylim=(0.0, 1.02))
+    axes.axhline(0.5, color="0.7", linewidth=1, linestyle="--")
+    if any(curves):
+        axes.legend(frameon=False, loc="lower right")
     return _save(figure, path)
 
 

@@ -10,7 +10,7 @@ __all__ = ["TARGETS", "MILLoss", "class_probabilities", "decide", "indicator", "
 
 TARGETS = ("multiclass", "ordinal", "multilabel")
 """``multiclass``: one class of C (binary is C = 2), softmax. ``ordinal``: one of C ordered grades, by C - 1 conditional
-logits (CORN: Shi, Cao & Raschka, Pattern Analysis and Applications 2023). ``multilabel``: any of C findings, sigmoid."""
+logits (CORN: Shi, Cao & Raschka, 2023). ``multilabel``: any of C findings, sigmoid."""
 
 
 def _check(target: str) -> None:
@@ -66,7 +66,7 @@ def indicator(labels: Tensor, target: str, outputs: int) -> Tensor:
 
 
 def decide(probabilities: Tensor, target: str) -> Tensor:
-    """Decisions of probabilities (B, C): (B,) long class, the median grade for ``ordinal``, (B, C) long 0/1 findings."""
+    """Decisions: (B,) long class, the median grade for ``ordinal``, findings (B, C) of 0 and 1 for ``multilabel``."""
     _check(target)
     if target == "multilabel":
         return (probabilities >= 0.5).long()

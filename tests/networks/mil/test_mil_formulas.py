@@ -1,10 +1,11 @@
 """Formulas against naive versions, and MONAI's own head against ours."""
 
 import math
+from types import SimpleNamespace
 
-import pytest
 import torch
 from monai.networks.nets import MILModel as MONAIMILModel
+from monai.networks.nets import milmodel as monai_milmodel
 from torch import nn
 
 from cytossl_monai.networks.mil.abmil import ABMIL
@@ -26,7 +27,7 @@ def test_gated_abmil_is_the_papers_formula():
         @ (torch.tanh(s.value.weight @ t + s.value.bias) * torch.sigmoid(s.gate.weight @ t + s.gate.bias))
         for t in h
     ]
-    e = [math.exp(float(r)) for r in raw]
+    e = [math.exp(float(r.detach())) for r in raw]
     a = [v / sum(e) for v in e]
     z = sum(w * t for w, t in zip(a, h))
     output = model(x)
@@ -139,8 +140,17 @@ def test_att_trans_equals_monai():
     torch.testing.assert_close(model(x).logits, reference.calc_head(x), atol=1e-5, rtol=1e-4)
 
 
-def test_att_trans_pyramid_equals_monai():
-    pytest.importorskip("torchvision")
+class _Trunk(nn.Module):
+    """Stands where MONAI puts its ResNet-50: only the names that the constructor touches."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2, self.layer3, self.layer4 = (nn.Identity() for _ in range(4))
+        self.fc = nn.Linear(2048, 1)
+
+
+def test_att_trans_pyramid_equals_monai(monkeypatch):
+    monkeypatch.setattr(monai_milmodel, "models", SimpleNamespace(resnet50=lambda weights: _Trunk()))
     reference = MONAIMILModel(2, "att_trans_pyramid", pretrained=False, trans_blocks=1).eval()
     model = MONAIPyramidHead(3840, 2, trans_blocks=1).eval()
     weights = {k: v for k, v in reference.state_dict().items() if not k.startswith("net.")}

@@ -25,7 +25,7 @@ METHODS = {
     "transmil": lambda k: TransMIL(12, k, embed_dim=32, n_landmarks=8),
     "dtfd_afs": lambda k: DTFDMIL(12, k),
     "dtfd_maxmin": lambda k: DTFDMIL(12, k, distillation="maxmin"),
-    "dtfd_max": lambda k: DTFDMIL(12, k, n_pseudo=1, distillation="max"),
+    "dtfd_max": lambda k: DTFDMIL(12, k, n_pseudo=3, distillation="max"),
     "att_trans": lambda k: MONAIHead(12, k, embed_dim=32),
     "att_trans_pyramid": lambda k: MONAIPyramidHead(12, k),
     "ensemble": lambda k: MILEnsemble([ABMIL(12, k), MeanMIL(12, k)], "multiclass", [1.0, 2.0]),
@@ -86,7 +86,7 @@ def test_methods_that_say_order_matters_are_right(name):
     model = METHODS[name](2).eval()
     features = torch.randn(1, 50, 12)
     assert model.order_matters
-    assert not torch.allclose(model(features).logits, model(features.flip(1)).logits, atol=1e-6)
+    assert not torch.allclose(model(features).logits, model(features[:, torch.randperm(50)]).logits, atol=1e-6)
 
 
 def test_one_tile(make):
@@ -155,14 +155,17 @@ def test_learns_a_needle_in_a_haystack(make):
     labels = torch.arange(16) % 2
     features[labels == 1, :2] += 3.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loss = MILLoss(model)
-    heavy = isinstance(model, MONAIPyramidHead)
-    for _ in range(8 if heavy else 60):
+    loss, first = MILLoss(model), torch.tensor(0.0)
+    heavy = isinstance(model, MONAIPyramidHead)  # 80 million weights: a few steps must lower its loss
+    for step in range(3 if heavy else 30):
         optimizer.zero_grad()
         value = loss(model.train()(features), labels)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    if not heavy:
+        first = value.detach() if step == 0 else first
+    if heavy:
+        assert value < first
+    else:
         right = (model.eval()(features).logits.argmax(dim=1) == labels).float().mean()
         assert right >= 0.9

@@ -1,0 +1,73 @@
+"""Table of MIL method x encoder: out-of-fold AUC with interval, by the same patient-wise folds for all.
+
+python scripts/study/mil.py --slides slides.csv --encoder ours=features_a --encoder random=features_b --output study
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from cytossl_monai.engines.mil_cross_validate import cross_validate
+from cytossl_monai.utils.files import atomic_path, write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ["mean", "max", "abmil", "abmil_gated", "dsmil", "clam_sb", "clam_mb", "transmil", "dtfd", "monai_att_trans"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slides", required=True, help="slide table with labels")
+    parser.add_argument("--encoder", action="append", required=True, metavar="NAME=FEATURES_DIR")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="names of the overlays in configs/mil")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=60)
+    args = parser.parse_args()
+    rows = []
+    for encoder in args.encoder:
+        name, _, folder = encoder.partition("=")
+        if not folder:
+            parser.error(f"--encoder takes NAME=FEATURES_DIR, not {encoder!r}")
+        for method in args.methods:
+            result = cross_validate(
+                ROOT / "bundles/cytossl_mil/configs/train.json",
+                args.slides,
+                folder,
+                args.output / name / method,
+                n_folds=args.folds,
+                seed=args.seed,
+                overlays=[ROOT / f"configs/mil/{method}.yaml"],
+                overrides={"epochs": args.epochs},
+            )
+            rows += [
+                {"encoder": name, "method": method, "metric": metric, **interval.as_dict()}
+                for metric, interval in result.intervals.items()
+            ]
+            # Written after every cell: a study that is stopped has what it did, and goes on from there.
+            table = pd.DataFrame(rows)
+            with atomic_path(args.output / "mil_study.csv") as partial:
+                table.to_csv(partial, index=False, float_format="%.4f")
+            write_text(args.output / "mil_study.md", markdown(table))
+    print(markdown(pd.DataFrame(rows)))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """AUC with 95 % interval, one row a method, one column an encoder."""
+    auc = table[table["metric"] == "auc"]
+    encoders = list(dict.fromkeys(auc["encoder"]))
+    lines = ["| method | " + " | ".join(encoders) + " |", "|---" * (len(encoders) + 1) + "|"]
+    for method in dict.fromkeys(auc["method"]):
+        cells = []
+        for encoder in encoders:
+            found = auc[(auc["encoder"] == encoder) & (auc["method"] == method)]
+            cells += [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in found.itertuples()] or ["-"]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

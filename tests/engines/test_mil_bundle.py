@@ -1,0 +1,210 @@
+"""The bundle's configurations from end to end, on toy cohorts."""
+
+import json
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mil_toy import make_cohort
+from monai.bundle import ConfigWorkflow
+
+from cytossl_monai.data.feature_store import write_features
+from cytossl_monai.engines.mil_cross_validate import cross_validate, run_training
+from cytossl_monai.engines.mil_few_shot import draw_shots, few_shot_curve
+from cytossl_monai.engines.mil_predict import inference_items
+from cytossl_monai.networks.mil.checkpoint import load_classifier
+from cytossl_monai.utils.errors import CheckpointError, FeatureError, TableError
+from cytossl_monai.utils.report import RunReport
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.getLogger("ignite").setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def configs(repo_root):
+    return repo_root / "bundles" / "cytossl_mil" / "configs"
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cohort")
+    make_cohort(root)
+    return root
+
+
+def given(root, **more):
+    return {"slides": str(root / "slides.csv"), "features_dir": str(root / "features"), "device": "cpu", **more}
+
+
+@pytest.fixture(scope="module")
+def trained(cohort, request):
+    configs = request.config.rootpath / "bundles" / "cytossl_mil" / "configs"
+    run_training([configs / "train.json"], given(cohort, output_dir=str(cohort / "out"), epochs=25, lr=2e-3))
+    return cohort
+
+
+def test_train_evaluate_infer(trained, configs):
+    out = trained / "out"
+    log = pd.read_csv(out / "log.csv")
+    classifier = load_classifier(out / "model.pt")
+    assert classifier.meta["validation"]["auc"] == pytest.approx(log["val_auc"].max())
+    assert classifier.encoder == {"hash": "abc", "name": "toy", "dim": 12}
+    assert not torch.equal(classifier.network.feature_std, torch.ones(12))
+    overrides = given(trained, output_dir=str(out), n_resamples=50, evaluate_on="all")
+    run_training([configs / "train.json", configs / "evaluate.json"], overrides)
+    told = json.loads((out / "evaluation" / "metrics.json").read_text())
+    assert told["n_slides"] == 30
+    assert set(told["metrics"]) >= {"accuracy", "balanced_accuracy", "auc", "f1", "sensitivity_at_95_specificity"}
+    auc = told["metrics"]["auc"]
+    assert 0.9 <= auc["value"] <= 1.0
+    assert auc["low"] <= auc["value"] <= auc["high"]
+    for name in ("roc.png", "confusion_matrix.png"):
+        assert (out / "evaluation" / name).read_bytes()[:4] == b"\x89PNG"
+    table = pd.read_csv(out / "evaluation" / "predictions.csv")
+    assert len(table) == 30
+    tiles = pd.read_parquet(out / "evaluation" / "attention" / "s1.parquet")
+    assert tiles["attention"].sum() == pytest.approx(1.0, abs=1e-4)
+
+    inference = ConfigWorkflow(
+        str(configs / "inference.json"),
+        workflow_type="infer",
+        logging_file=False,
+        **{"features_dir": str(trained / "features"), "classifier": str(out / "model.pt"), "device": "cpu"},
+        output_dir=str(trained / "inference"),
+    )
+    assert inference.check_properties() == []
+    inference.initialize()
+    inference.run()
+    again = pd.read_csv(trained / "inference" / "predictions.csv").set_index("slide_id")
+    wanted = table.set_index("slide_id").loc[again.index]
+    np.testing.assert_allclose(again["prob_positive"], wanted["prob_positive"], atol=1e-5)
+
+
+def test_train_properties(trained, configs, tmp_path):
+    overrides = given(trained, output_dir=str(tmp_path))
+    train = ConfigWorkflow(str(configs / "train.json"), workflow_type="train", logging_file=False, **overrides)
+    assert train.check_properties() == []
+    train.initialize()
+    assert train.max_epochs == 60
+    assert len(train.train_dataset) == 24
+    assert train.evaluator is not None
+
+
+def test_inference_leaves_out_what_it_cannot_use(trained, tmp_path):
+    classifier = load_classifier(trained / "out" / "model.pt")
+    good = (trained / "features" / "s0.h5").read_bytes()
+    (tmp_path / "good.h5").write_bytes(good)
+    (tmp_path / "torn.h5").write_bytes(good[:200])
+    place = np.zeros((2, 2), int)
+    write_features(tmp_path / "wide.h5", np.ones((2, 13), "f4"), place, {"encoder": "abc"})
+    write_features(tmp_path / "other.h5", np.ones((2, 12), "f4"), place, {"encoder": "xyz"})
+    report = RunReport("classify", tmp_path / "report.csv")
+    assert [i["slide_id"] for i in inference_items(tmp_path, classifier, report=report)] == ["good"]
+    assert {i.item for i in report.left_out} == {"torn", "wide", "other"}
+    assert report.exit_code == 3
+    (tmp_path / "good.h5").unlink()
+    with pytest.raises(FeatureError, match="no usable feature file"):
+        inference_items(tmp_path, classifier)
+
+
+def test_inference_without_weights_stops(trained, configs, tmp_path):
+    # The stand-in has the width of these features, so that only the missing weights can stop it.
+    workflow = ConfigWorkflow(
+        str(configs / "inference.json"),
+        workflow_type="infer",
+        logging_file=False,
+        features_dir=str(trained / "features"),
+        classifier=str(tmp_path / "none.pt"),
+        output_dir=str(tmp_path),
+        in_features=12,
+        device="cpu",
+    )
+    workflow.initialize()
+    with pytest.raises((CheckpointError, RuntimeError)) as caught:
+        workflow.run()
+    assert "does not exist" in str(caught.value.__cause__ or caught.value)
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize("target", ["ordinal", "multilabel"])
+def test_other_targets_train(configs, tmp_path, target):
+    names = ("low", "mid", "high")
+    make_cohort(tmp_path, classes=names)
+    settings = given(tmp_path, output_dir=str(tmp_path / "o"), epochs=3, target=target, n_folds=3)
+    run_training([configs / "train.json"], {**settings, "classes": list(names)})
+    classifier = load_classifier(tmp_path / "o" / "model.pt")
+    assert classifier.target == target
+    assert classifier.classes == list(names)
+    assert classifier(torch.randn(1, 4, 12)).shape == (1, 3)
+
+
+def test_cross_validation_is_honest_and_resumable(trained, configs, tmp_path, monkeypatch):
+    def run(**overrides):
+        return cross_validate(
+            configs / "train.json",
+            trained / "slides.csv",
+            trained / "features",
+            tmp_path,
+            n_folds=3,
+            overrides={"epochs": 12, "min_epochs": 5, "lr": 2e-3, "device": "cpu", **overrides},
+            num_workers=0,
+            n_resamples=50,
+        )
+
+    first = run()
+    assert first.intervals["auc"].value > 0.8
+    for fold in range(3):
+        held = json.loads((tmp_path / f"fold_{fold}" / "fold.json").read_text())["slides"]
+        assert sorted(held) == sorted(s for s, f in zip(first.slides, first.folds) if f == fold)
+    ensemble = load_classifier(first.ensemble)
+    members = [load_classifier(tmp_path / f"fold_{f}" / "model.pt") for f in range(3)]
+    x = torch.randn(2, 8, 12)
+    torch.testing.assert_close(ensemble(x), torch.stack([m(x) for m in members]).mean(0), atol=1e-5, rtol=1e-4)
+
+    runs = []
+    original = run_training
+    monkeypatch.setattr(
+        "cytossl_monai.engines.mil_cross_validate.run_training", lambda *a: runs.append(1) or original(*a)
+    )
+    second = run()
+    assert not runs
+    np.testing.assert_array_equal(first.probabilities, second.probabilities)
+    (tmp_path / "fold_1" / "fold.json").unlink()
+    run()
+    assert len(runs) == 1
+    run(epochs=6)
+    assert len(runs) == 4
+
+
+def test_cross_validation_bad_input(trained, configs, tmp_path):
+    common = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
+    with pytest.raises(TableError, match="the table has 28"):
+        cross_validate(*common, n_folds=29)
+    with pytest.raises(TableError, match="at least 3 folds"):
+        cross_validate(*common, n_folds=2)
+
+
+def test_few_shot_draws_are_nested_and_apart():
+    labels, patients = np.arange(30) % 2, [f"p{i // 2}" for i in range(30)]
+    two, test2 = draw_shots(labels, patients, 2, 5)
+    four, test4 = draw_shots(labels, patients, 4, 5)
+    assert set(two) <= set(four)
+    assert np.array_equal(test2, test4)
+    assert not {patients[i] for i in four} & {patients[i] for i in test4}
+    assert np.bincount(labels[four]).tolist() == [4, 4]
+    with pytest.raises(TableError, match="ask for fewer"):
+        draw_shots(labels, patients, 14, 5)
+
+
+def test_few_shot_curve(trained, configs, tmp_path):
+    arguments = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
+    settings = {"shots": [1, 4], "repeats": 2, "num_workers": 0, "overrides": {"epochs": 4, "device": "cpu"}}
+    table = few_shot_curve(*arguments, **settings)
+    assert table[table["metric"] == "auc"]["shots"].tolist() == [1, 4]
+    assert len(pd.read_csv(tmp_path / "few_shot_runs.csv")) == 4
+    assert (tmp_path / "few_shot.png").is_file()
+    pd.testing.assert_frame_equal(few_shot_curve(*arguments, **settings), table)

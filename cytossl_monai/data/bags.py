@@ -41,7 +41,7 @@ def encode_targets(
     """Labels as numbers.
 
     Args:
-        records: slides with labels. ``multilabel``: findings joined by ``|`` or ``;`` ("candida|hsil"), "none" for none.
+        records: slides with labels. ``multilabel``: findings joined by ``|`` or ``;`` ("candida|hsil"), or "none".
         target: "multiclass", "ordinal" or "multilabel".
         classes: the classes; None takes those that occur, sorted. ``ordinal`` needs them, lowest grade first.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def bootstrap_intervals(
 
 
 def bootstrap_metric(
-    metric: Callable[..., float], *arrays: np.ndarray, groups: Sequence[str] | np.ndarray | None = None, **settings: int
+    metric: Callable[..., float], *arrays: np.ndarray, groups: Sequence[str] | np.ndarray | None = None, **settings: Any
 ) -> Interval:
     """Interval of one figure ``metric(*arrays)`` over arrays; ``settings`` as in ``bootstrap_intervals``."""
     return bootstrap_intervals(

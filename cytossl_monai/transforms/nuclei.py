@@ -175,7 +175,7 @@ class SegmentNuclei(Transform):
             kernel (``nuclei_mask``) and forms instances, where asked for, from its connected components.
         output: ``"mask"`` returns the mask; ``"labels"`` the instance map; ``"all"`` a ``NucleiInstances``.
         stains: named stain or matrix for colour deconvolution, for ``method="instances"``; None suits every stain.
-        rules: rules of ``method="instances"``.
+        rules: what counts as a nucleus; None for the defaults.
 
     Raises:
         ValueError: unknown method or output, ``mpp`` not positive.
@@ -214,7 +214,7 @@ class SegmentNuclei(Transform):
         if self.method == "instances":
             return segment_instances(image, scale, stains=self.stains, rules=self.rules, table=table)
         pixels = check_image(image)
-        mask = nuclei_mask(pixels[None], scale)[0, 0].numpy()
+        mask = nuclei_mask(pixels[None], scale, rules=self.rules)[0, 0].numpy()
         labels = np.asarray(ndimage.label(mask, ndimage.generate_binary_structure(2, 2))[0], dtype=np.int32)
         return NucleiInstances(labels, describe_nuclei(labels if table else labels[:0, :0], scale, pixels), scale)
 

@@ -85,7 +85,8 @@ def _edge_step(density: torch.Tensor, reach: float) -> torch.Tensor:
 
 
 def _grouped(owner: torch.Tensor, n: int, *values: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.bincount(owner, weights=value, minlength=n) for value in values]
+    # bincount of nothing forgets the type of its weights.
+    return [torch.bincount(owner, weights=value, minlength=n).double() for value in values]
 
 
 def pick_regions(
@@ -103,13 +104,14 @@ def pick_regions(
         region bool (B, H, W), and the level at which each picked pixel's region was cut, float32 (B, H, W), infinite
         outside.
     """
-    batch, height, width = density.shape
+    height, width = density.shape[-2:]
     floor = (rules.noise_factor * noise_levels(density)).clamp_min(rules.min_contrast)
     step = _edge_step(density, rules.edge_reach / mpp)
     low = torch.nn.functional.pad(density[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     eroded = torch.minimum(
         torch.minimum(low[:, :-2, 1:-1], low[:, 2:, 1:-1]), torch.minimum(low[:, 1:-1, :-2], low[:, 1:-1, 2:])
     )
+    largest = torch.pi * (rules.max_diameter / mpp / 2) ** 2
     tree: list[_Level] = []
     previous: torch.Tensor | None = None
     for level in levels:
@@ -118,14 +120,17 @@ def pick_regions(
         if count == 0:
             break
         flat = labels.flatten()
-        pixels = flat.nonzero().flatten()
-        owner = flat[pixels]
         n = count + 1
+        area = torch.bincount(flat, minlength=n)
+        # What is too large is no nucleus, and nothing below it in the tree is: its pixels need no further look.
+        candidate = area <= largest
+        candidate[0] = False
+        pixels = candidate[flat].nonzero().flatten()
+        owner = flat[pixels]
         plane = torch.div(pixels, height * width, rounding_mode="floor")
         r = torch.div(pixels, width, rounding_mode="floor").remainder(height).double()
         c = pixels.remainder(width).double()
-        ones, sum_r, sum_c, sum_rr, sum_cc, sum_rc = _grouped(owner, n, torch.ones_like(r), r, c, r * r, c * c, r * c)
-        area = ones.clamp_min(1)
+        sum_r, sum_c, sum_rr, sum_cc, sum_rc = _grouped(owner, n, r, c, r * r, c * c, r * c)
         mean_r, mean_c = sum_r / area, sum_c / area
         var_r, var_c = sum_rr / area - mean_r**2 + 1 / 12, sum_cc / area - mean_c**2 + 1 / 12
         root = (((var_r - var_c) / 2) ** 2 + (sum_rc / area - mean_r * mean_c) ** 2).sqrt()
@@ -147,11 +152,11 @@ def pick_regions(
         home = torch.zeros(n, dtype=torch.long, device=density.device)
         home[owner] = plane
         fit = (likeness >= rules.min_likeness) & (contrast >= floor[home])
-        fit[0] = False
+        fit &= candidate
         first = torch.zeros(n, dtype=torch.long, device=density.device)
         first[owner] = pixels
         parent = torch.zeros_like(first) if previous is None else previous[first]
-        tree.append(_Level(labels, torch.where(fit, likeness, 0.0), parent))
+        tree.append(_Level(labels, torch.where(fit, likeness, 0.0).float(), parent))
         previous = flat
     return _best_cut(tree, levels, density)
 
@@ -159,8 +164,8 @@ def pick_regions(
 def _best_cut(tree: list[_Level], levels: torch.Tensor, density: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``nuclei_regions._best_cut``: a region stays unless those inside it are better on the average."""
     bar = torch.full_like(density, float("inf"))
-    taken: list[torch.Tensor] = [torch.zeros(0)] * len(tree)
-    inherited, parent = torch.zeros(0), torch.zeros(0)
+    taken: list[torch.Tensor] = [bar] * len(tree)
+    inherited = parent = bar
     for index in range(len(tree) - 1, -1, -1):
         likeness = tree[index].likeness
         best = torch.zeros_like(likeness)
@@ -172,7 +177,7 @@ def _best_cut(tree: list[_Level], levels: torch.Tensor, density: torch.Tensor) -
             best = total / weight.clamp_min(1)
         taken[index] = (likeness > 0) & (likeness >= best)
         inherited, parent = torch.maximum(likeness, best), tree[index].parent
-    covered = torch.zeros(0)
+    covered = bar
     for index, level in enumerate(tree):
         inside = covered[level.parent] if index else torch.zeros_like(taken[0])
         chosen = taken[index] & ~inside

@@ -88,7 +88,8 @@ def _edge_step(density: Float, reach: float) -> Float:
     columns = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(density, 1.0, axis=1, order=1), 1.0, axis=0)
     norm = np.maximum(np.hypot(rows, columns), 1e-6)
     rows, columns = reach * rows / norm, reach * columns / norm
-    at_r, at_c = np.indices(density.shape, dtype=np.float32, sparse=True)
+    at_r = np.arange(density.shape[0], dtype=np.float32)[:, None]
+    at_c = np.arange(density.shape[1], dtype=np.float32)[None, :]
     inner = ndimage.map_coordinates(density, [at_r + rows, at_c + columns], order=1, mode="nearest")
     outer = ndimage.map_coordinates(density, [at_r - rows, at_c - columns], order=1, mode="nearest")
     return inner - outer

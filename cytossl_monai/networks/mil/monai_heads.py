@@ -109,10 +109,11 @@ class MONAIPyramidHead(MILModel):
             parts = list(features.split(PYRAMID_DIMS, dim=-1))
         else:
             parts = [level(features) for level in self.levels]
-        tokens = _encode(self.transformer[0], parts[0], mask)
-        for stage, part in zip(list(self.transformer)[1:3], parts[1:3]):
+        stages: Any = self.transformer
+        tokens = _encode(stages[0], parts[0], mask)
+        for stage, part in zip(list(stages)[1:3], parts[1:3]):
             tokens = _encode(stage[1], stage[0](torch.cat([tokens, part], dim=-1)), mask)
-        tokens = _encode(self.transformer[3], torch.cat([tokens, parts[3]], dim=-1), mask)
+        tokens = _encode(stages[3], torch.cat([tokens, parts[3]], dim=-1), mask)
         return _attend(self.attention, self.myfc, tokens, mask)
 
     @property

@@ -56,7 +56,7 @@ def draw_shots(labels: np.ndarray, patients: Sequence[str], shots: int, seed: in
         pool = rng.permutation(np.flatnonzero((labels == c) & ~test))
         if len(pool) < shots:
             raise TableError(
-                f"{shots} slides a class were asked for, class {c} has {len(pool)} beside the test patients; ask for fewer"
+                f"class {c} has {len(pool)} slides beside the test patients, {shots} were asked for; ask for fewer"
             )
         seen: dict[str, int] = {}
         turns = []
@@ -105,8 +105,8 @@ def few_shot_curve(
 ) -> pd.DataFrame:
     """Train on k slides a class, again and again, and test on other patients.
 
-    Writes ``few_shot_runs.csv`` (one row a run; runs found there are not repeated), ``few_shot.csv`` (one row a k: mean,
-    2.5th and 97.5th percentile over the repeats) and ``few_shot.png``.
+    Writes ``few_shot_runs.csv`` (one row a run; runs found there are not repeated), ``few_shot.csv`` (one row a k:
+    mean, 2.5th and 97.5th percentile over the repeats) and ``few_shot.png``.
 
     Args:
         config: the bundle's ``train.json``.
@@ -147,22 +147,25 @@ def few_shot_curve(
             jobs.append(_Shot(k, repeat, files, settings, *picked))
     path = folder / "few_shot_runs.csv"
     known = pd.read_csv(path) if path.is_file() else pd.DataFrame()
-    rows = known[known["stamp"] == stamp].to_dict("records") if len(known) else []
+    rows: list[Any] = known[known["stamp"] == stamp].to_dict("records") if len(known) else []
     done = {(row["shots"], row["repeat"]) for row in rows}
     waiting = [job for job in jobs if (job.shots, job.repeat) not in done]
     workers = (1 if torch.cuda.is_available() else default_workers()) if num_workers is None else num_workers
     for outcome in run_parallel(_run_shot, waiting, workers, title="few-shot"):
-        rows.append({"stamp": stamp, "shots": outcome.item.shots, "repeat": outcome.item.repeat, **outcome.unwrap()})
+        job, figures = outcome.item, outcome.unwrap()
+        rows.append({"stamp": stamp, "shots": job.shots, "repeat": job.repeat} | figures)
         with atomic_path(path) as partial:
             pd.DataFrame(rows).to_csv(partial, index=False)
     runs = pd.DataFrame(rows)
     runs = runs[runs["shots"].isin(list(shots)) & (runs["repeat"] < repeats)]
     table = []
     for metric in [c for c in runs.columns if c not in ("stamp", "shots", "repeat")]:
-        for k, values in runs.groupby("shots")[metric]:
+        for number, values in runs.groupby("shots")[metric]:
             low, high = np.nanpercentile(values, [2.5, 97.5])
             mean = float(np.nanmean(values))
-            table.append({"shots": k, "metric": metric, "mean": mean, "low": low, "high": high, "repeats": len(values)})
+            table.append(
+                {"shots": number, "metric": metric, "mean": mean, "low": low, "high": high, "repeats": len(values)}
+            )
     result = pd.DataFrame(table)
     with atomic_path(folder / "few_shot.csv") as partial:
         result.to_csv(partial, index=False, float_format="%.4f")

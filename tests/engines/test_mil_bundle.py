@@ -76,8 +76,8 @@ def test_train_evaluate_infer(trained, configs):
         **{"features_dir": str(trained / "features"), "classifier": str(out / "model.pt"), "device": "cpu"},
         output_dir=str(trained / "inference"),
     )
-    assert inference.check_properties() == []
     inference.initialize()
+    assert inference.check_properties() == []
     inference.run()
     again = pd.read_csv(trained / "inference" / "predictions.csv").set_index("slide_id")
     wanted = table.set_index("slide_id").loc[again.index]
@@ -87,8 +87,8 @@ def test_train_evaluate_infer(trained, configs):
 def test_train_properties(trained, configs, tmp_path):
     overrides = given(trained, output_dir=str(tmp_path))
     train = ConfigWorkflow(str(configs / "train.json"), workflow_type="train", logging_file=False, **overrides)
-    assert train.check_properties() == []
     train.initialize()
+    assert train.check_properties() == []
     assert train.max_epochs == 60
     assert len(train.train_dataset) == 24
     assert train.evaluator is not None

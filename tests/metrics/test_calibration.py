@@ -28,7 +28,11 @@ def test_other_targets(target):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4000, 3, generator=generator)
     p = class_probabilities(logits, target)
-    labels = torch.multinomial(p, 1)[:, 0] if target == "ordinal" else torch.bernoulli(p).long()
+    labels = (
+        torch.multinomial(p, 1, generator=generator)[:, 0]
+        if target == "ordinal"
+        else torch.bernoulli(p, generator=generator).long()
+    )
     assert fit_temperature(logits * 2, labels, target) == pytest.approx(2.0, rel=0.08)
 
 

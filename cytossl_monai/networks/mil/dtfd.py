@@ -55,6 +55,7 @@ class DTFDMIL(MILModel):
             raise ValueError(f"distillation must be one of {DISTILLATIONS}, not {distillation!r}")
         if n_pseudo < 1:
             raise ValueError(f"n_pseudo must be at least 1, got {n_pseudo}")
+        self.order_matters = n_pseudo > 1
         self.n_pseudo, self.distillation, self.embed_dim = n_pseudo, distillation, embed_dim
         self.attention_dim, self.dropout, self.tier1_weight = attention_dim, float(dropout), float(tier1_weight)
         self.embed = nn.Sequential(nn.Linear(in_features, embed_dim), nn.ReLU(), nn.Dropout(dropout))

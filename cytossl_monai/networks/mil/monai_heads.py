@@ -127,7 +127,7 @@ class MONAIPyramidHead(MILModel):
         }
 
 
-def _encode(encoder: nn.TransformerEncoder, tokens: Tensor, mask: Tensor) -> Tensor:
+def _encode(encoder: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """Run torch's encoder layers (post-norm, ReLU) on (B, N, C) with padding masked.
 
     The layers are called part by part: torch's own shortcut for evaluation builds the whole N x N matrix, which for

@@ -104,13 +104,13 @@ def target_loss(
         raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
     if target == "multiclass":
         return F.cross_entropy(logits, labels, weight=weight, label_smoothing=label_smoothing, reduction=reduction)
-    wanted = indicator(labels, target, logits.shape[1])
+    wanted = indicator(labels, target, logits.shape[1]).to(logits.dtype)
     smooth = wanted * (1.0 - label_smoothing) + 0.5 * label_smoothing
     if target == "multilabel":
         each = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=weight, reduction="none").mean(dim=1)
         return each.mean() if reduction == "mean" else each
     steps = torch.arange(logits.shape[1], device=logits.device)
-    asked = (labels.unsqueeze(1) >= steps).float()  # logit k answers only for bags that reached grade k
+    asked = (labels.unsqueeze(1) >= steps).to(logits.dtype)  # logit k answers only for bags that reached grade k
     each = (F.binary_cross_entropy_with_logits(logits, smooth, reduction="none") * asked).sum(dim=1)
     per_bag = torch.ones_like(each) if weight is None else weight[labels]
     return (each * per_bag).sum() / per_bag.sum() if reduction == "mean" else each * per_bag

@@ -89,7 +89,7 @@ def test_features_of_another_encoder_are_refused():
     made = classifier()
     made.check_features(6, "h1", "a.h5")
     made.check_features(6, None, "from_elsewhere.h5")
-    with pytest.raises(FeatureError, match="b.h5 has 7 features"):
+    with pytest.raises(FeatureError, match=r"b\.h5 has 7 features"):
         made.check_features(7, "h1", "b.h5")
     with pytest.raises(FeatureError, match="encoder h2"):
         made.check_features(6, "h2", "b.h5")

@@ -24,7 +24,7 @@ from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers, run_parallel
 from cytossl_monai.utils.report import RunReport
 
-__all__ = ["EmptySlideError", "IndexSettings", "SlideIndexer", "index_slide", "index_slides"]
+__all__ = ["EmptySlideError", "IndexSettings", "SlideIndexer", "index_slide", "index_slides", "index_to_file"]
 
 
 class EmptySlideError(TableError):
@@ -212,7 +212,7 @@ def index_slides(
     report = RunReport("index", folder / "report.csv")
     alone = len(records) == 1 or workers <= 1
     work = partial(
-        _index_one,
+        index_to_file,
         folder=folder,
         settings=settings,
         num_threads=max(1, workers) if alone else 1,
@@ -235,9 +235,26 @@ def index_slides(
     return report
 
 
-def _index_one(
+def index_to_file(
     record: SlideRecord, folder: Path, settings: IndexSettings, num_threads: int, device: str, overview: bool
 ) -> tuple[Literal["done", "current"], str, float]:
+    """Index one slide to ``<slide_id>.parquet`` in ``folder``, unless what is there is current.
+
+    Args:
+        record: the slide.
+        folder: where to write.
+        settings: what to look for.
+        num_threads: threads within the slide.
+        device: where to decode and to find nuclei.
+        overview: draw ``<slide_id>_overview.png``.
+
+    Returns:
+        ``done`` or ``current``, what was found, and the seconds it took.
+
+    Raises:
+        EmptySlideError: when no tile is worth keeping; no index is written then.
+        SlideError: when the slide cannot be read.
+    """
     start = time.perf_counter()
     path = folder / f"{record.slide_id}.parquet"
     picture = folder / f"{record.slide_id}_overview.png"

@@ -64,6 +64,7 @@ class TinyEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = images.float() / 255
+        images = images.to(self.patch_embedding.weight.dtype)
         tokens = self.patch_embedding(images - 0.5).flatten(2).transpose(1, 2)
         for block in self.blocks:
             tokens = tokens + block(tokens)

@@ -27,6 +27,7 @@ from cytossl_monai.data.tile_index import TileIndex
 from cytossl_monai.networks.nets.encoders import Encoder, encoder_hash, load_encoder
 from cytossl_monai.utils.errors import FeatureError, InputError, TableError
 from cytossl_monai.utils.files import file_fingerprint
+from cytossl_monai.utils.parallel import default_workers
 from cytossl_monai.utils.report import RunReport
 
 __all__ = ["EmbedTimes", "FeatureEmbedder", "embed_slides", "embed_tiles", "index_hash", "read_ahead"]
@@ -216,7 +217,7 @@ def embed_slides(
     device: str | torch.device = "cpu",
     dtype: Literal["float32", "float16"] = "float32",
     amp: bool = False,
-    num_threads: int = 1,
+    num_threads: int | None = 1,
     inferer: Inferer | None = None,
     progress: bool = True,
 ) -> RunReport:
@@ -234,7 +235,7 @@ def embed_slides(
         device: where to encode; on ``cuda`` slides are decoded there as well, where cuCIM can.
         dtype: how features are stored.
         amp: bfloat16 autocast.
-        num_threads: decoding threads (cuCIM).
+        num_threads: decoding threads (cuCIM); None takes one for each CPU core.
         inferer: MONAI inferer that calls the encoder.
         progress: show progress bars.
 
@@ -244,6 +245,7 @@ def embed_slides(
     folder, index_folder = Path(output_dir), Path(index_dir)
     folder.mkdir(parents=True, exist_ok=True)
     report = RunReport("embed", folder / "report.csv")
+    num_threads = default_workers() if num_threads is None else num_threads
     encoder = encoder.to(device).eval()
     encoder_id = encoder_hash(encoder)
     for record in tqdm(records, desc="embed", unit="slide", disable=not progress or len(records) < 2):

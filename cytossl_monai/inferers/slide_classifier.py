@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.targets import class_probabilities
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
 from cytossl_monai.utils.files import sha256_file
+from cytossl_monai.visualize.heatmap import display_scale
 
 __all__ = ["NEGATIVE_NAMES", "SlideClassifier", "SlidePrediction"]
 
@@ -46,6 +48,25 @@ class SlidePrediction:
     score: np.ndarray
     has_attention: bool
     spread: float = 0.0
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """(N,) float32 >= 0, attention x score: what a tile brings to the suspicion.
+
+        Attention alone also marks tiles that speak for the negative class, the score alone also tiles that the slide's
+        verdict hardly rests on. The sum over the slide is at most one.
+        """
+        return (self.attention * self.score).astype(np.float32)
+
+    @property
+    def shown(self) -> np.ndarray:
+        """(N,) float32 in [0, 1], the evidence for display: relative attention times absolute score, by square root.
+
+        A slide without anything suspicious stays pale: the score is not stretched.
+        """
+        if not self.has_attention:
+            return np.sqrt(self.score).astype(np.float32)
+        return (display_scale(self.attention) * np.sqrt(self.score)).astype(np.float32)
 
 
 class SlideClassifier:
@@ -97,9 +118,14 @@ class SlideClassifier:
     @property
     def hash(self) -> str:
         """16 hexadecimal digits of the classifier files."""
-        import hashlib
-
         return hashlib.sha256("".join(sha256_file(file) for file in self.files).encode()).hexdigest()[:16]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every member was calibrated on slides it was not trained on."""
+        # An ensemble's network keeps the temperatures of its members and has none of its own.
+        own = [getattr(member.network, "temperatures", member.temperature) for member in self.members]
+        return all(bool((temperature != 1.0).all()) for temperature in own)
 
     @property
     def versions(self) -> list[dict[str, Any]]:

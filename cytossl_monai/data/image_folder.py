@@ -181,6 +181,7 @@ class ImageFolder(Dataset[Item]):
         self.groups: np.ndarray = np.unique(self.group_names, return_inverse=True)[1].astype(np.int64)
         self.weights: np.ndarray | None = None
         self._cache: dict[int, tuple[np.ndarray, float]] | None = {} if cache else None
+        self._last: tuple[Path, np.ndarray] | None = None
 
     def _grid(self, record: ImageRecord) -> list[ImageRecord]:
         """Evenly spread tile centres that cover a frame; the last ones overlap rather than leave a rest."""
@@ -198,7 +199,9 @@ class ImageFolder(Dataset[Item]):
         if self._cache is not None and number in self._cache:
             return self._cache[number]
         record = self.records[number]
-        image = _load_rgb(record.path)
+        if self._last is None or self._last[0] != record.path:  # places in one frame often follow each other
+            self._last = record.path, _load_rgb(record.path)
+        image = self._last[1]
         if record.x is not None and record.y is not None:
             image = _crop(image, record.x, record.y, self.side if self.fit == "tile" else self.crop)
         mpp = self.mpp * max(image.shape[:2]) / self.size

@@ -111,7 +111,7 @@ def test_list_batches() -> None:
 
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_exact_accumulation_equals_the_large_batch(pieces: int) -> None:
-    """A contrastive loss with batch-normalised heads: the hard case. In float64, where rounding cannot hide anything."""
+    """A contrastive loss with batch-normalised heads, the hard case; in float64, where rounding hides nothing."""
 
     def method() -> MoCoV3:
         torch.manual_seed(4)
@@ -184,7 +184,7 @@ def test_activation_checkpointing_changes_nothing_but_memory() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(precision: str) -> None:
-    """Held to float32 in the first step; after many, two roundings are two runs, and all that counts is that it learns."""
+    """Held to float32 in the first step; after many, two roundings are two runs, and what counts is that it learns."""
 
     def run(precision: str, steps: int) -> tuple[SSLTrainer, Recorder, Tensor]:
         recorder = Recorder()

@@ -1,0 +1,95 @@
+"""The table of an ablation: CSV for machines, Markdown for pages, PNG for the eye."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cytossl_monai.utils.files import atomic_path, write_text
+
+__all__ = ["markdown_table", "write_table"]
+
+LABELS = {"plain": "plain", "ncp": "+NCP", "sr": "+SR", "both": "+both"}
+COLOURS = {"plain": "#8a8f98", "ncp": "#d9822b", "sr": "#2f7dbd", "both": "#3f9142"}
+FIGURES = {"knn": "kNN", "linear_probe": "linear probe"}
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a method and arm, the tasks side by side: mean (95 % interval) of balanced accuracy, and images/s.
+
+    Args:
+        rows: what ``AblationStudy.rows`` gives.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    columns = [f"{task}: {label}" for task in tasks for label in FIGURES.values()]
+    lines = [
+        "| method | arm | " + " | ".join(columns) + " | images/s |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for method, arm in dict.fromkeys((row["method"], row["arm"]) for row in rows):
+        mine = {row["task"]: row for row in rows if (row["method"], row["arm"]) == (method, arm)}
+        cells = [_interval(mine.get(task), figure) for task in tasks for figure in FIGURES]
+        speed = next(iter(mine.values())).get("images_per_s")
+        lines.append(f"| {method} | {LABELS[arm]} | {' | '.join(cells)} | {'' if speed is None else f'{speed:.0f}'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(row: Mapping[str, Any] | None, figure: str) -> str:
+    if row is None:
+        return ""
+    return f"{row[figure]:.3f} ({row[f'{figure}_low']:.3f} to {row[f'{figure}_high']:.3f})"
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) -> list[Path]:
+    """Write ``ablation.csv``, ``ablation.md`` and ``ablation.png``.
+
+    Args:
+        rows: what ``AblationStudy.rows`` gives, at least one.
+        folder: where to.
+
+    Returns:
+        the three files.
+    """
+    paths = [Path(folder) / f"ablation.{suffix}" for suffix in ("csv", "md", "png")]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_path(paths[0]) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text(paths[1], markdown_table(rows))
+    _draw(rows, paths[2])
+    return paths
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of the arms beside each other, one panel a task and figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    picture = Figure(figsize=(1.5 + 1.3 * len(methods) * len(FIGURES), 3.0 * len(tasks)), layout="constrained")
+    FigureCanvasAgg(picture)
+    panels = picture.subplots(len(tasks), len(FIGURES), squeeze=False)
+    for task, line in zip(tasks, panels):
+        for figure, axes in zip(FIGURES, line):
+            for number, (arm, label) in enumerate(LABELS.items()):
+                chosen = [row for row in rows if row["task"] == task and row["arm"] == arm]
+                if not chosen:
+                    continue
+                places = [methods.index(row["method"]) + 0.2 * (number - 1.5) for row in chosen]
+                means = [row[figure] for row in chosen]
+                below = [row[figure] - row[f"{figure}_low"] for row in chosen]
+                above = [row[f"{figure}_high"] - row[figure] for row in chosen]
+                axes.bar(places, means, 0.19, yerr=[below, above], capsize=2, color=COLOURS[arm], label=label)
+            axes.set_xticks(range(len(methods)), methods, fontsize=8)
+            axes.set_title(f"{task}: {FIGURES[figure]}", fontsize=10)
+            axes.set_ylabel("balanced accuracy", fontsize=8)
+            axes.tick_params(axis="y", labelsize=8)
+            axes.grid(axis="y", alpha=0.3)
+    panels[0][0].legend(fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.12))
+    with atomic_path(path) as partial:
+        picture.savefig(partial, dpi=110, format="png")

@@ -1,0 +1,57 @@
+"""Method x {plain, +NCP, +SR, +both} at equal steps, judged by kNN and a linear probe; one table at the end.
+
+    python scripts/study/ablation.py --config configs/study/ablation.yaml --data DATA --output out/ablation
+
+Start the same command again after an interruption: runs that are done are not done again, one that was killed goes on
+from its last checkpoint. Writes ablation.csv, ablation.md and ablation.png, anew after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+import yaml
+
+from cytossl_monai.engines.ablation import ARMS, AblationStudy, read_study
+from cytossl_monai.engines.ablation_report import markdown_table, write_table
+from cytossl_monai.utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/study/ablation.yaml", help="the study")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data, @data_root in the study")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", help="default: all of the study")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the bundle, over the study's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    extra = {}
+    for pair in args.set:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            parser.error(f"--set takes KEY=VALUE, not {pair!r}")
+        extra[key] = yaml.safe_load(value)
+    try:
+        study = AblationStudy(read_study(args.config), args.data, args.output, ROOT, extra)
+        rows = []
+        runs = study.runs(args.methods, args.arms)
+        for run in runs:
+            rows += study.rows([run.method], [run.arm], args.device)
+            write_table(rows, args.output)
+        rows += study.untrained_rows(runs, args.device)
+        write_table(rows, args.output)
+    except InputError as error:
+        raise SystemExit(f"ablation: {error}") from error
+    print(markdown_table(rows))
+
+
+if __name__ == "__main__":
+    main()

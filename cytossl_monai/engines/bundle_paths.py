@@ -13,8 +13,9 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
     """Root folder of a bundle.
 
     A configuration does not know its own path. In this order: the folder above the ``--config_file`` that was given to
-    ``monai.bundle run``; the working directory, if the bundle or a folder of that name lies there; the checkout that
-    this package is installed from.
+    ``monai.bundle run``; the folder that MONAI's workflow has put on ``sys.path`` (``monai.bundle.load`` and
+    ``create_workflow`` do that); the working directory, if the bundle or a folder of that name lies there; the
+    checkout that this package is installed from.
 
     Args:
         name: the bundle's folder, for example ``cytossl_pretrain``.
@@ -24,7 +25,8 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
         FileNotFoundError: when it is in none of these; give ``--bundle_root`` then.
     """
     here = Path(cwd) if cwd is not None else Path.cwd()
-    candidates = [_config_folder(here), here, here / name, here / "bundles" / name]
+    candidates = [_config_folder(here), *(here / entry for entry in sys.path if entry)]
+    candidates += [here, here / name, here / "bundles" / name]
     candidates.append(Path(__file__).resolve().parents[2] / "bundles" / name)
     for folder in candidates:
         if folder is not None and (folder / "configs" / "metadata.json").is_file() and folder.resolve().name == name:

@@ -63,8 +63,12 @@ def salient_positions(score: Tensor, num_salient: int) -> Tensor:
     Returns:
         (B, min(num_salient, N)) int64.
     """
+    number = min(num_salient, score.shape[-1])
+    if torch.onnx.is_in_onnx_export():
+        # ONNX has no stable sort; its TopK gives equal values by lower index.
+        return score.topk(number, dim=-1).indices
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
-    return order[:, : min(num_salient, score.shape[-1])]
+    return order[:, :number]
 
 
 def attention_mask(
@@ -122,7 +126,9 @@ def attention_mask(
     )
     chosen = torch.zeros(batch, length - prefix, dtype=torch.bool, device=scores.device)
     score = salience(query, key, prefix, layout.has_class_token, key_mask)
-    chosen.scatter_(1, salient_positions(score, num_salient), True)
+    salient = salient_positions(score, num_salient)
+    # A tensor as the source: TorchScript has no scatter of a bool number.
+    chosen = chosen.scatter(1, salient, torch.ones_like(salient, dtype=torch.bool))
     allowed = torch.ones(batch, length, length, dtype=torch.bool, device=scores.device)
     allowed[:, prefix:, prefix:] = near | chosen.unsqueeze(1)
     return kept & allowed.unsqueeze(1)

@@ -145,7 +145,11 @@ class SparseAttention(nn.Module):
         keep = self._keep(layout) if self.sparsity == "topk" else None
         tables = None if self.irpe is None else self.irpe.tables()
         out, _ = attend(query, key, value, ids, tables, mask, keep, layout.num_prefix, self._dropout())
-        return out.transpose(1, 2).flatten(2)
+        out = out.transpose(1, 2)
+        if torch.onnx.is_in_onnx_export():
+            # The exporter replaces attention by its formula, whose result lies otherwise in memory: no view of it.
+            out = out.clone(memory_format=torch.contiguous_format)
+        return out.flatten(2)
 
     @staticmethod
     def _pair_ids(irpe: IRPE, layout: TokenLayout, device: torch.device) -> Tensor:

@@ -164,6 +164,12 @@ class Encoder(nn.Module):
             raise ValueError(f"{type(self.network).__name__} gives no patch tokens: use an SRTransformer (any sr_vit).")
         return self.network
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in this module's stead (``ckpt_export`` calls it)."""
+        from cytossl_monai.networks.nets.export import ScriptableEncoder
+
+        return ScriptableEncoder(self)
+
     def normalise(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images as float in [0, 1], and normalised: two (B, 3, H, W) tensors.
 

@@ -1,0 +1,84 @@
+"""Encoders as TorchScript: what MONAI's ``ckpt_export`` writes to ``model.ts``."""
+
+# No `from __future__ import annotations` here: TorchScript must be able to read the annotations.
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+
+if TYPE_CHECKING:
+    from cytossl_monai.networks.nets.encoders import Encoder
+
+__all__ = ["ScriptableEncoder"]
+
+_SIDE = 224
+
+
+class ScriptableEncoder(nn.Module):
+    """An encoder that ``torch.jit.script`` can compile: its network traced, for batches of any size.
+
+    The layout of tokens is Python that TorchScript cannot read, so the network is traced at the tile size that it was
+    made for; tiles of another size are refused. ``encoder_hash`` is the encoder's own, so that features are told apart.
+
+    Args:
+        encoder: an `Encoder`; it is put into evaluation mode.
+
+    Raises:
+        ValueError: for a network that drops background: how many tokens it computes depends on the tile, and a trace
+            would keep the number of the tile that it was made with.
+    """
+
+    def __init__(self, encoder: "Encoder") -> None:
+        from cytossl_monai.networks.nets.encoders import encoder_hash
+
+        super().__init__()
+        network = encoder.network
+        if isinstance(network, SRTransformer) and network.drop_background is not None:
+            raise ValueError(
+                "an encoder with drop_background cannot be exported: its work depends on the tile; build it with "
+                "drop_background=None, which takes the same weights"
+            )
+        self.height, self.width = _SIDE, _SIDE
+        if isinstance(network, SRTransformer):
+            grid, patch = network.patch_embedding.grid, network.patch_embedding.patch_size
+            self.height, self.width = int(grid[0] * patch[0]), int(grid[1] * patch[1])
+        self.channels = int(encoder.mean.shape[1])
+        self.encoder_hash: str = encoder_hash(encoder)
+        encoder.eval()
+        example = torch.rand(2, self.channels, self.height, self.width, device=encoder.mean.device)
+        with torch.no_grad(), warnings.catch_warnings():
+            # The tracer warns of every shape that is read; that batches of other sizes come out right is tested.
+            warnings.simplefilter("ignore")
+            traceable = encoder if isinstance(network, SRTransformer) else _Plain(encoder)
+            self.traced = torch.jit.trace(traceable, example, check_trace=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, or float in [0, 1], to (B, D); H and W as the encoder was made for."""
+        if image.dim() != 4 or image.shape[1:] != [self.channels, self.height, self.width]:
+            raise ValueError(
+                f"Images must be (B, {self.channels}, {self.height}, {self.width}); got {list(image.shape)}."
+            )
+        if image.dtype == torch.uint8:
+            image = image.float() / 255
+        return self.traced(image)
+
+
+class _Plain(nn.Module):
+    """The same encoder without its properties for patches, which a network without patches refuses to the tracer."""
+
+    def __init__(self, encoder: "Encoder") -> None:
+        super().__init__()
+        self.network = encoder.network
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", encoder.mean)
+        self.register_buffer("std", encoder.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.network((images - self.mean) / self.std)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.mean(dim=1) if out.dim() == 3 else out.flatten(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import tifffile
 
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["TileMap", "colours", "display_scale", "tile_map", "write_heatmap_tiff"]
+__all__ = ["TileMap", "colours", "display_scale", "on_white", "rgba", "tile_map", "write_heatmap_tiff"]
 
 _STOPS = np.array(
     [(0.0, 66, 30, 115), (0.25, 128, 39, 129), (0.5, 205, 64, 113), (0.75, 249, 135, 70), (1.0, 252, 230, 110)]
 )
 """Dark violet to bright yellow: even in brightness, readable for the colour-blind, and unlike any cytology stain."""
+
+_TIFF_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -86,38 +89,49 @@ def rgba(values: np.ndarray) -> np.ndarray:
     return np.concatenate([colours(values), np.rint(alpha)[..., None].astype(np.uint8)], -1)
 
 
-def write_heatmap_tiff(path: str | os.PathLike[str], heat: TileMap, downsample: int = 16) -> Path:
-    """Write the map as a tiled, pyramidal RGBA TIFF in the slide's frame, with its resolution.
+def write_heatmap_tiff(path: str | os.PathLike[str], heat: TileMap, downsample: int | None = None) -> Path:
+    """Write the map as a tiled, pyramidal RGB TIFF in the slide's frame, with its resolution.
+
+    White where there is no tile and paler for small values: a viewer lays it over the slide by multiplication or at
+    half opacity. OpenSlide and cuCIM open it as a slide of its own.
 
     Args:
         path: the file.
         heat: the map.
-        downsample: level-0 pixels per pixel of the picture, by the whole slide's size.
+        downsample: level-0 pixels per pixel of the picture; None takes a power of two from 4 that keeps the longer side
+            at 4096 pixels or less, so that memory does not grow with the slide.
 
     Returns:
         the path written.
     """
     path = Path(path)
+    if downsample is None:
+        downsample = 2 ** max(2, math.ceil(math.log2(max(heat.width, heat.height) / _TIFF_SIDE)))
     width, height = max(1, -(-heat.width // downsample)), max(1, -(-heat.height // downsample))
     rows = np.minimum((np.arange(height) + 0.5) * downsample // heat.cell, heat.values.shape[0] - 1).astype(int)
     columns = np.minimum((np.arange(width) + 0.5) * downsample // heat.cell, heat.values.shape[1] - 1).astype(int)
-    cells = rgba(heat.values)
+    cells = on_white(heat.values)
     levels = [(rows, columns)]
-    while min(len(levels[-1][0]), len(levels[-1][1])) > 256:
+    while max(len(levels[-1][0]), len(levels[-1][1])) > 256:
         levels.append((levels[-1][0][::2], levels[-1][1][::2]))
     with atomic_path(path) as partial, tifffile.TiffWriter(partial) as tiff:
         for i, (level_rows, level_columns) in enumerate(levels):
             per_cm = 1e4 / (heat.mpp * downsample * 2**i)
             tiff.write(
                 cells[level_rows][:, level_columns],
-                subifds=len(levels) - 1 if i == 0 else 0,
                 subfiletype=int(i > 0),
                 tile=(256, 256),
                 photometric="rgb",
-                extrasamples=["unassalpha"],
-                compression="deflate",
+                compression="lzw",
                 resolution=(per_cm, per_cm),
                 resolutionunit="CENTIMETER",
                 metadata=None,
             )
     return path
+
+
+def on_white(values: np.ndarray) -> np.ndarray:
+    """Colours as they look on white paper, (..., 3) uint8: white where NaN, pale for small values."""
+    found = rgba(values).astype(np.float32)
+    share = found[..., 3:] / 255
+    return np.rint(255 * (1 - share) + found[..., :3] * share).astype(np.uint8)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from cytossl_monai.utils.files import atomic_path
 from cytossl_monai.visualize.heatmap import TileMap, colours, rgba
@@ -24,7 +24,7 @@ def nice_length(limit: float) -> float:
 
 
 def blend(thumbnail: np.ndarray, heat: TileMap) -> Image.Image:
-    """The map laid over a thumbnail of the slide.
+    """The map multiplied onto a thumbnail of the slide: what is dark stays dark, so that nuclei show through.
 
     Args:
         thumbnail: (3, h, w) uint8, the whole slide.
@@ -33,12 +33,12 @@ def blend(thumbnail: np.ndarray, heat: TileMap) -> Image.Image:
     Returns:
         RGB picture of the thumbnail's size.
     """
-    picture = Image.fromarray(np.ascontiguousarray(thumbnail.transpose(1, 2, 0))).convert("RGBA")
+    picture = Image.fromarray(np.ascontiguousarray(thumbnail.transpose(1, 2, 0)))
     layer = Image.fromarray(rgba(heat.values))
     # The cells cover whole tiles, so the last ones hang over the slide's edge: cut what lies on the slide.
     box = (0, 0, heat.width / heat.cell, heat.height / heat.cell)
     layer = layer.resize(picture.size, Image.Resampling.NEAREST, box=box)
-    return Image.alpha_composite(picture, layer).convert("RGB")
+    return Image.composite(ImageChops.multiply(picture, layer.convert("RGB")), picture, layer.getchannel("A"))
 
 
 def draw_overlay(

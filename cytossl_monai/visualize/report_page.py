@@ -201,20 +201,20 @@ def _gallery(report: SlideReport) -> str:
     figures = []
     for rank, tile in enumerate(report.tiles, 1):
         pixels = tile.image.shape[-1]
-        largest = f"<br>largest nucleus {tile.largest_um2:.0f} µm²" if tile.largest_um2 is not None else ""
+        nucleus = f"nucleus {tile.largest_um2:.0f} µm²" if tile.largest_um2 is not None else "no nucleus outlined"
         figures.append(
-            f'<figure><button class="tile" id="tile-{rank}" aria-label="Show tile {rank} on the slide">'
+            f'<figure><button class="tile" id="cell-{rank}" aria-label="Show tile {rank} on the slide">'
             f'<img src="{_uri(_jpeg(tile.image, 86), "jpeg")}" alt="Tile {rank}">'
             f'<svg viewBox="0 0 {pixels} {pixels}" aria-hidden="true"><path d="{_path(tile)}"/></svg>'
             f'<span class="rank">{rank}</span></button>'
-            f'<figcaption class="number">suspicion <b>{tile.score:.2f}</b> &middot; attention {tile.attention:.1f}x'
-            f'<span class="soft">{largest}</span></figcaption></figure>'
+            f'<figcaption class="number">suspicion <b>{tile.score:.2f}</b><br><span class="soft">'
+            f"attention {tile.attention:.1f}x &middot; {nucleus}</span></figcaption></figure>"
         )
     side = report.tiles[0].size * report.told["slide"]["mpp"] if report.tiles else 0
     return (
         '<section class="card"><h2>The cells that decided</h2><p class="soft small" style="margin:-6px 0 14px">'
         f"The {len(figures)} leading tiles, strongest first; each is {side:.0f} µm wide. Attention 1x is the slide's "
-        "mean. Choose one to see it in its place.</p>"
+        "mean; the nucleus is the tile's largest. Choose one to see it in its place.</p>"
         f'<div class="gallery" id="gallery">{"".join(figures)}</div></section>'
     )
 

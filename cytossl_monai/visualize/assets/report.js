@@ -80,6 +80,7 @@
       context.rect(...at(0, 0), content.width * s, content.height * s);
       context.clip();
       context.globalAlpha = state.strength;
+      context.globalCompositeOperation = "multiply"; // what is dark stays dark: nuclei show through
       context.imageSmoothingEnabled = false;
       context.drawImage(heat, ...at(0, 0), heat.naturalWidth * content.cell * s, heat.naturalHeight * content.cell * s);
       context.restore();
@@ -229,10 +230,14 @@
 
   // The choice of a tile is also a link: report.html#tile-3.
   const linked = /^#tile-(\d+)$/.exec(location.hash);
-  Promise.all([picture, heat, ...tiles.map((tile) => tile.image)].map((image) => image.decode())).then(() => {
+  const start = () => {
+    const broken = [picture, heat, ...tiles.map((tile) => tile.image)].filter((image) => !image.naturalWidth);
+    if (broken.length) throw new Error(`${broken.length} pictures of the report are damaged`);
     resize();
+    draw();
     new ResizeObserver(resize).observe(canvas.parentElement);
     if (linked && tiles[linked[1] - 1]) show(linked[1] - 1);
     root.dataset.ready = "true";
-  }).catch((error) => { root.dataset.error = String(error); });
+  };
+  if (document.readyState === "complete") start(); else window.addEventListener("load", start);
 })();

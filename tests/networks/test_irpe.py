@@ -196,5 +196,6 @@ def test_parse() -> None:
     assert RPEConfig.parse("none") is None
     assert RPEConfig.parse("cross") == RPEConfig("cross")
     assert RPEConfig.parse({"method": "euclid", "on": "qk"}) == RPEConfig("euclid", on="qk")
+    assert RPEConfig.parse({True: "qk"}) == RPEConfig(on="qk")  # what YAML makes of a bare `on`
     with pytest.raises(ValueError, match="mapping"):
         RPEConfig.parse(3)  # type: ignore[arg-type]

@@ -134,9 +134,13 @@ class RPEConfig:
             return None if value == "none" else cls(method=value)
         if not isinstance(value, Mapping):
             raise ValueError(f"rpe must be None, a method's name or a mapping; got {type(value).__name__}.")
+        # YAML reads the bare word `on` as true.
+        value = {"on" if name is True else name: entry for name, entry in value.items()}
         unknown = set(value) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"rpe does not know {sorted(unknown)}; it takes {sorted(cls.__dataclass_fields__)}.")
+            raise ValueError(
+                f"rpe does not know {sorted(unknown, key=str)}; it takes {sorted(cls.__dataclass_fields__)}."
+            )
         return cls(**value)
 
     @property

@@ -110,15 +110,17 @@ class SRTransformer(nn.Module):
         checkpoint_activations: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__()
-        self.config: dict[str, Any] = {name: _plain(value) for name, value in arguments.items()}
-        if spatial_dims != 2:
-            raise ValueError(f"SRTransformer is for images, spatial_dims=2; got {spatial_dims}.")
         if num_layers < 1 or num_register_tokens < 0:
             raise ValueError(
                 f"num_layers must be at least 1 and registers not negative; got {num_layers} and {num_register_tokens}."
             )
+        rpes = [RPEConfig.parse(one) for one in _per_layer(rpe, num_layers, "rpe")]
+        rpe = rpes if isinstance(rpe, list | tuple) else rpes[0]
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "rpes")}
+        super().__init__()
+        self.config: dict[str, Any] = {name: _plain(value) for name, value in arguments.items()}
+        if spatial_dims != 2:
+            raise ValueError(f"SRTransformer is for images, spatial_dims=2; got {spatial_dims}.")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1); got {drop_path_rate}.")
         if classification and class_token is False:
@@ -132,7 +134,6 @@ class SRTransformer(nn.Module):
         sparsities = _per_layer(sparsity, num_layers, "sparsity")
         if "routed" in sparsities and num_salient > rows * cols:
             raise ValueError(f"num_salient {num_salient} exceeds the {rows * cols} patches of a {rows} x {cols} grid.")
-        rpes = _per_layer(rpe, num_layers, "rpe")
 
         self.hidden_size = hidden_size
         self.embed_dim = hidden_size

@@ -1,0 +1,98 @@
+"""The overlays in configs/backbone resolve over the pretraining bundle and build their encoder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigParser
+
+from cytossl_monai.networks.nets.encoders import Encoder, ResNetFeatures
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+
+WIDTHS = {"sr_vit_tiny": 192, "sr_vit_small": 384, "sr_vit_base": 768, "vit_small": 384, "resnet50": 2048}
+TRANSFORMERS = [name for name in WIDTHS if name != "resnet50"]
+
+
+def laid_over(repo_root: Path, name: str, **changes: object) -> ConfigParser:
+    train = repo_root / "bundles" / "cytossl_pretrain" / "configs" / "train.json"
+    parser = ConfigParser()
+    parser.read_config([str(train), str(repo_root / "configs" / "backbone" / f"{name}.yaml")])
+    for key, value in changes.items():
+        parser[key] = value
+    return parser
+
+
+def test_every_overlay_is_tested(repo_root: Path) -> None:
+    assert {path.stem for path in (repo_root / "configs" / "backbone").glob("*.yaml")} == set(WIDTHS)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_builds_the_encoder_that_is_trained(name: str, repo_root: Path) -> None:
+    parser = laid_over(repo_root, name)
+    with torch.device("meta"):  # shapes only: the large ones are slow to draw
+        encoder = parser.get_parsed_content("encoder")
+        assert parser.get_parsed_content("network_def") is encoder
+    assert isinstance(encoder, Encoder)
+    assert encoder.embed_dim == WIDTHS[name]
+    assert isinstance(encoder.network, ResNetFeatures if name == "resnet50" else SRTransformer)
+    sparse = {block.attn.sparsity for block in encoder.network.blocks} if name != "resnet50" else set()
+    assert sparse == {"routed"} if name.startswith("sr_") else sparse <= {"none"}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_other_patches_and_sizes(name: str, repo_root: Path) -> None:
+    """Patch 8 by the named key; position embeddings are made for the size of the views."""
+    parser = laid_over(repo_root, name, patch_size=8)
+    parser["views"]["global_size"] = 96
+    with torch.device("meta"):
+        network = parser.get_parsed_content("backbone")
+    assert network.patch_embedding.grid == (12, 12)
+
+
+def test_the_keys_reach_the_network(repo_root: Path) -> None:
+    changes = {
+        "sparsity": "topk",
+        "keep_ratio": 0.25,
+        "rpe": {"method": "cross", "mode": "bias", "on": "qk"},
+        "drop_background": {"threshold": 0.1, "on_blank": "darkest"},
+        "drop_path_rate": 0.1,
+        "num_register_tokens": 4,
+        "attention_window": 1,
+        "num_salient": 7,
+    }
+    network = laid_over(repo_root, "sr_vit_tiny", **changes).get_parsed_content("backbone")
+    last = network.blocks[-1]
+    assert (last.attn.sparsity, last.attn.keep_ratio, last.attn.window, last.attn.num_salient) == ("topk", 0.25, 1, 7)
+    assert (last.attn.irpe.config.method, last.attn.irpe.config.on) == ("cross", "qk")
+    assert last.drop_path.rate == pytest.approx(0.1)
+    assert network.num_prefix == 5
+    assert network.drop_background == changes["drop_background"]
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_every_key_is_used_and_alternatives_are_keys(name: str, repo_root: Path) -> None:
+    text = (repo_root / "configs" / "backbone" / f"{name}.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    used = {value[1:] for value in content["backbone"].values() if isinstance(value, str) and value.startswith("@")}
+    # freeze_patches is MoCo v3's own key, which a ResNet must switch off.
+    assert set(content) - {"backbone", "freeze_patches"} <= used
+    for line in re.findall(r"^# (?:patch8|glass): (.+)$", text, re.MULTILINE):
+        assert set(yaml.safe_load(line)) <= set(content)
+
+
+def test_moco_v3_takes_the_resnet(repo_root: Path) -> None:
+    parser = ConfigParser()
+    configs = repo_root / "configs"
+    parser.read_config(
+        [
+            str(repo_root / "bundles" / "cytossl_pretrain" / "configs" / "train.json"),
+            str(configs / "ssl" / "moco_v3.yaml"),
+            str(configs / "backbone" / "resnet50.yaml"),
+        ]
+    )
+    parser["head_hidden_dim"] = 16
+    assert parser.get_parsed_content("method").student.embed_dim == 2048

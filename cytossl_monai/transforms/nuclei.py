@@ -13,10 +13,11 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
-from skimage.segmentation import expand_labels
 
+from cytossl_monai.transforms.nuclei_backend import ArrayBackend, BackendName, array_backend
 from cytossl_monai.transforms.nuclei_mask import nuclear_density, nuclei_mask
 from cytossl_monai.transforms.nuclei_regions import RegionRules, select_regions
+from cytossl_monai.transforms.nuclei_split import split_touching
 from cytossl_monai.transforms.nuclei_table import NucleiInstances, describe_nuclei
 from cytossl_monai.transforms.stains import rgb_to_od, separate_stains, stain_matrix
 
@@ -31,13 +32,13 @@ __all__ = [
 ]
 
 WORKING_MPP = 0.5
-"""Micrometres per pixel at which regions are picked, whatever the tile's own resolution: one set of rules for all."""
+"""Micrometres per pixel at which regions are picked: finer tiles are shrunk to it, coarser ones left as they are."""
 SMOOTHING = 0.2
 """Standard deviation in micrometres of the Gaussian that takes camera noise away. More would round off small nuclei."""
 
 
 def check_image(image: Any, name: str = "image") -> torch.Tensor:
-    """The image as a plain tensor (C, H, W) on the CPU.
+    """The image as a plain tensor (C, H, W), on the device where it lies.
 
     Args:
         image: (3, H, W), (1, H, W) or (H, W), array or tensor; uint8 in [0, 255] or floating point in [0, 1].
@@ -56,7 +57,7 @@ def check_image(image: Any, name: str = "image") -> torch.Tensor:
         if not (isinstance(image, torch.Tensor))
         else image
     )
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach()
     if tensor.ndim == 2:
         tensor = tensor[None]
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
@@ -92,37 +93,39 @@ def check_mpp(mpp: Any, name: str = "mpp") -> float:
     return float(values.mean())
 
 
-def _stain_density(image: torch.Tensor, stains: str | NDArray[Any] | None) -> NDArray[np.float32]:
-    """Nuclear density (H, W): the bound of ``nuclear_density``, or the first stain of a named matrix."""
+def _stain_density(image: torch.Tensor, stains: str | NDArray[Any] | None) -> torch.Tensor:
+    """Nuclear density (H, W), float32: the bound of ``nuclear_density``, or the first stain of a named matrix."""
     if stains is None or image.shape[0] == 1:
-        return np.asarray(nuclear_density(image)[0].numpy(), dtype=np.float32)
+        return nuclear_density(image)[0]
     matrix = stain_matrix(stains)
     od = rgb_to_od(image.nan_to_num(1.0) if image.is_floating_point() else image)
     # In units of the density in red and green, so that the same rules hold as without deconvolution.
-    amount = separate_stains(od, matrix)[0].clamp_min(0.0) * float(matrix[0, :2].mean())
-    return np.asarray(amount.numpy(), dtype=np.float32)
+    return separate_stains(od, matrix)[0].clamp_min(0.0) * float(matrix[0, :2].mean())
 
 
-def _resample(density: NDArray[np.float32], shape: tuple[int, int], factor: float) -> NDArray[np.float32]:
+def _resample(density: Any, shape: tuple[int, int], factor: float, backend: ArrayBackend) -> Any:
     """Density at the working resolution, smoothed against aliasing where it shrinks."""
     if factor > 1.3:
-        density = ndimage.gaussian_filter(density, 0.5 * np.sqrt(factor**2 - 1), mode="nearest")
+        density = backend.ndimage.gaussian_filter(density, 0.5 * (factor**2 - 1) ** 0.5, mode="nearest")
     if density.shape == shape:
         return density
     zoom = (shape[0] / density.shape[0], shape[1] / density.shape[1])
-    return np.asarray(ndimage.zoom(density, zoom, order=1, mode="nearest", grid_mode=True), dtype=np.float32)
+    resized = backend.ndimage.zoom(density, zoom, order=1, mode="nearest", grid_mode=True)
+    return resized.astype(backend.xp.float32)
 
 
-def _labels_at(labels: NDArray[np.int32], shape: tuple[int, int]) -> NDArray[np.int32]:
-    """Labels at another resolution, with smooth outlines; numbered 1..n without gaps."""
+def _labels_at(labels: Any, shape: tuple[int, int], backend: ArrayBackend) -> NDArray[np.int32]:
+    """Labels at another resolution, with smooth outlines; numbered 1..n without gaps; on the host."""
+    xp = backend.xp
     if labels.shape != shape:
         zoom = (shape[0] / labels.shape[0], shape[1] / labels.shape[1])
-        inside = ndimage.zoom((labels > 0).astype(np.float32), zoom, order=1, mode="nearest", grid_mode=True) > 0.5
+        filled = (labels > 0).astype(xp.float32)
+        inside = backend.ndimage.zoom(filled, zoom, order=1, mode="nearest", grid_mode=True) > 0.5
         rows, columns = (
-            np.minimum(((np.arange(n) + 0.5) * m / n).astype(np.intp), m - 1) for n, m in zip(shape, labels.shape)
+            xp.minimum(((xp.arange(n) + 0.5) * m / n).astype(xp.int64), m - 1) for n, m in zip(shape, labels.shape)
         )
-        labels = expand_labels(labels, 2)[rows][:, columns] * inside
-    values, inverse = np.unique(labels, return_inverse=True)
+        labels = backend.expand_labels(labels, 2)[rows][:, columns] * inside
+    values, inverse = np.unique(backend.to_numpy(labels), return_inverse=True)
     start = 0 if values.size and values[0] == 0 else 1
     return (inverse.reshape(shape) + start).astype(np.int32)
 
@@ -134,11 +137,13 @@ def segment_instances(
     stains: str | NDArray[Any] | None = None,
     rules: RegionRules | None = None,
     table: bool = True,
+    backend: BackendName = "auto",
 ) -> NucleiInstances:
     """Find every nucleus of a tile, exactly: the reference that ``nuclei_mask`` approximates.
 
     The nuclear density of each pixel is brought to 0.5 um/px and smoothed; from its component tree the regions with the
-    best edges and shapes are picked (see ``nuclei_regions``), each with the threshold that suits it.
+    best edges and shapes are picked (see ``nuclei_regions``), each with the threshold that suits it; those with a neck
+    are parted there (see ``nuclei_split``).
 
     Args:
         image: (3, H, W), (1, H, W) or (H, W); uint8 in [0, 255] or floating point in [0, 1].
@@ -147,6 +152,8 @@ def segment_instances(
             ``stains.STAINS`` or a (2 or 3, 3) matrix takes its first stain by colour deconvolution instead.
         rules: sizes, shapes and contrasts; None for the defaults.
         table: also describe each nucleus; without it ``NucleiInstances.table`` has its columns and no row.
+        backend: ``"cpu"``, ``"cucim"`` (CuPy and ``cucim.skimage``, on a GPU), or ``"auto"``: what suits the tile's
+            device.
 
     Returns:
         labels, table and mask, see ``NucleiInstances``. Nothing found gives zeros and an empty table.
@@ -155,15 +162,19 @@ def segment_instances(
         ValueError: image or ``mpp`` unusable, unknown stains.
     """
     pixels, mpp = check_image(image), check_mpp(mpp)
+    libraries = array_backend(backend, pixels.device)
     rules = rules or RegionRules()
     height, width = pixels.shape[-2:]
-    factor = WORKING_MPP / mpp
-    shape = (max(1, round(height / factor)), max(1, round(width / factor)))
-    density = _resample(_stain_density(pixels, stains), shape, factor)
-    density = ndimage.gaussian_filter(density, SMOOTHING / WORKING_MPP, mode="nearest")
-    regions, _ = select_regions(density, WORKING_MPP, rules)
-    labels = _labels_at(regions, (height, width))
-    return NucleiInstances(labels, describe_nuclei(labels if table else np.zeros((1, 1), np.int32), mpp, pixels), mpp)
+    # Enlarging a coarse tile adds nothing, and what interpolation makes of noise looks like small nuclei.
+    scale = max(WORKING_MPP, mpp)
+    shape = (max(1, round(height * mpp / scale)), max(1, round(width * mpp / scale)))
+    density = _resample(libraries.from_torch(_stain_density(pixels, stains)), shape, scale / mpp, libraries)
+    density = libraries.gaussian(density, SMOOTHING / scale, mode="nearest", preserve_range=True)
+    regions, _ = select_regions(density, scale, rules, libraries)
+    regions = split_touching(libraries.to_numpy(regions), scale)
+    labels = _labels_at(libraries.xp.asarray(regions), (height, width), libraries)
+    described = labels if table else np.zeros((1, 1), np.int32)
+    return NucleiInstances(labels, describe_nuclei(described, mpp, pixels.cpu()), mpp)
 
 
 class SegmentNuclei(Transform):
@@ -214,9 +225,9 @@ class SegmentNuclei(Transform):
         if self.method == "instances":
             return segment_instances(image, scale, stains=self.stains, rules=self.rules, table=table)
         pixels = check_image(image)
-        mask = nuclei_mask(pixels[None], scale, rules=self.rules)[0, 0].numpy()
+        mask = nuclei_mask(pixels[None], scale, rules=self.rules)[0, 0].cpu().numpy()
         labels = np.asarray(ndimage.label(mask, ndimage.generate_binary_structure(2, 2))[0], dtype=np.int32)
-        return NucleiInstances(labels, describe_nuclei(labels if table else labels[:0, :0], scale, pixels), scale)
+        return NucleiInstances(labels, describe_nuclei(labels if table else labels[:0, :0], scale, pixels.cpu()), scale)
 
     def __call__(self, img: NdarrayOrTensor, mpp: float | None = None) -> NdarrayOrTensor | NucleiInstances:
         """Segment one image.

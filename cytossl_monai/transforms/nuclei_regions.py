@@ -12,14 +12,13 @@ Learning to detect cells using non-overlapping extremal regions, MICCAI 2012; he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
+
+from cytossl_monai.transforms.nuclei_backend import CPU, ArrayBackend
 
 __all__ = ["RegionRules", "select_regions"]
-
-Float = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -74,28 +73,28 @@ class RegionRules:
 
 @dataclass
 class _Level:
-    """Regions of one level: labels, their scores and the region of the level below in which each lies."""
+    """Regions of one level, arrays of the backend: labels, scores, and the region one level below that each is in."""
 
-    labels: NDArray[np.int32]
-    score: Float
-    area: Float
-    parent: NDArray[np.int64]
+    labels: Any
+    score: Any
+    parent: Any
 
 
-def _edge_step(density: Float, reach: float) -> Float:
+def _edge_step(density: Any, reach: float, backend: ArrayBackend) -> Any:
     """Difference of the density a reach inwards and a reach outwards of every pixel, along its gradient."""
-    rows = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(density, 1.0, axis=0, order=1), 1.0, axis=1)
-    columns = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(density, 1.0, axis=1, order=1), 1.0, axis=0)
-    norm = np.maximum(np.hypot(rows, columns), 1e-6)
+    xp, ndi = backend.xp, backend.ndimage
+    rows = ndi.gaussian_filter1d(ndi.gaussian_filter1d(density, 1.0, axis=0, order=1), 1.0, axis=1)
+    columns = ndi.gaussian_filter1d(ndi.gaussian_filter1d(density, 1.0, axis=1, order=1), 1.0, axis=0)
+    norm = xp.maximum(xp.hypot(rows, columns), 1e-6)
     rows, columns = reach * rows / norm, reach * columns / norm
-    at_r = np.arange(density.shape[0], dtype=np.float32)[:, None]
-    at_c = np.arange(density.shape[1], dtype=np.float32)[None, :]
-    inner = ndimage.map_coordinates(density, [at_r + rows, at_c + columns], order=1, mode="nearest")
-    outer = ndimage.map_coordinates(density, [at_r - rows, at_c - columns], order=1, mode="nearest")
+    at_r = xp.arange(density.shape[0], dtype=xp.float32)[:, None]
+    at_c = xp.arange(density.shape[1], dtype=xp.float32)[None, :]
+    inner = ndi.map_coordinates(density, xp.stack([at_r + rows, at_c + columns]), order=1, mode="nearest")
+    outer = ndi.map_coordinates(density, xp.stack([at_r - rows, at_c - columns]), order=1, mode="nearest")
     return inner - outer
 
 
-def noise_level(density: Float) -> float:
+def noise_level(density: Any, backend: ArrayBackend = CPU) -> float:
     """Robust standard deviation of the noise: from the second differences that a slow image would not have."""
     if min(density.shape) < 3:
         return 0.0
@@ -103,116 +102,118 @@ def noise_level(density: Float) -> float:
     mixed = mixed - 2 * (density[1:-1, :-2] - 2 * density[1:-1, 1:-1] + density[1:-1, 2:])
     mixed = mixed + density[2:, :-2] - 2 * density[2:, 1:-1] + density[2:, 2:]
     # The mask [1 -2 1] x [1 -2 1] has norm 6 (Immerkaer 1996); 0.6745 is the median of |N(0, 1)|.
-    return float(np.median(np.abs(mixed)) / (6 * 0.6745))
+    return float(backend.xp.median(backend.xp.abs(mixed))) / (6 * 0.6745)
 
 
-def select_regions(density: Float, mpp: float, rules: RegionRules) -> tuple[NDArray[np.int32], Float]:
+def select_regions(density: Any, mpp: float, rules: RegionRules, backend: ArrayBackend = CPU) -> tuple[Any, Any]:
     """Pick the best non-overlapping regions.
 
     Args:
-        density: float32 (H, W) nuclear density, smoothed.
+        density: float32 (H, W) nuclear density, smoothed, an array of the backend.
         mpp: micrometres per pixel.
         rules: what counts as a nucleus.
+        backend: whose arrays these are.
 
     Returns:
-        labels int32 (H, W), 0 where no nucleus is, and the score of each label, float32 (n,).
+        labels int32 (H, W), 0 where no nucleus is, and the score of each label, float32 (n,); arrays of the backend.
     """
+    xp, ndi = backend.xp, backend.ndimage
     low, high = float(density.min()), float(density.max())
     levels = np.arange(low + 0.5 * rules.min_contrast, high, rules.level_step)
     if not len(levels):
-        return np.zeros(density.shape, np.int32), np.zeros(0, np.float32)
-    floor = max(rules.min_contrast, rules.noise_factor * noise_level(density))
-    step = _edge_step(density, rules.edge_reach / mpp)
-    supported = (step >= 0.5 * rules.min_contrast).astype(np.float32)
-    eroded = ndimage.minimum_filter(density, footprint=ndimage.generate_binary_structure(2, 1), mode="nearest")
-    order = np.argsort(density, axis=None)[::-1]
-    ranked = density.ravel()[order]
+        return xp.zeros(density.shape, xp.int32), xp.zeros(0, xp.float32)
+    floor = max(rules.min_contrast, rules.noise_factor * noise_level(density, backend))
+    step = _edge_step(density, rules.edge_reach / mpp, backend)
+    supported = (step >= 0.5 * rules.min_contrast).astype(xp.float32)
+    eroded = ndi.minimum_filter(density, footprint=ndi.generate_binary_structure(2, 1), mode="nearest")
+    order = xp.argsort(density.ravel())[::-1]
+    above = xp.searchsorted(-density.ravel()[order], xp.asarray(-levels, dtype=density.dtype), side="left").tolist()
     step, supported, eroded_flat = step.ravel(), supported.ravel(), eroded.ravel()
     width = density.shape[1]
     tree: list[_Level] = []
-    previous: NDArray[np.int32] | None = None
-    for level in levels:
-        pixels = order[: int(np.searchsorted(-ranked, -level, side="left"))]
-        labels, count = ndimage.label(density > level)
+    previous: Any = None
+    for level, count_above in zip(levels.astype(np.float32).tolist(), above):
+        pixels = order[:count_above]
+        labels, count = ndi.label(density > level)
         if count == 0:
             break
         owner = labels.ravel()[pixels]
         n = count + 1
-        area = np.bincount(owner, minlength=n)
-        r, c = (pixels // width).astype(np.float64), (pixels % width).astype(np.float64)
-        mean_r = np.bincount(owner, r, n) / np.maximum(area, 1)
-        mean_c = np.bincount(owner, c, n) / np.maximum(area, 1)
+        area = xp.bincount(owner, minlength=n)
+        r, c = (pixels // width).astype(xp.float64), (pixels % width).astype(xp.float64)
+        safe = xp.maximum(area, 1)
+        mean_r, mean_c = xp.bincount(owner, r, n) / safe, xp.bincount(owner, c, n) / safe
         r, c = r - mean_r[owner], c - mean_c[owner]
-        safe = np.maximum(area, 1)
         # A pixel is a square, not a point: 1/12 is its own variance.
-        var_r = np.bincount(owner, r * r, n) / safe + 1 / 12
-        var_c = np.bincount(owner, c * c, n) / safe + 1 / 12
-        cov = np.bincount(owner, r * c, n) / safe
-        root = np.sqrt(((var_r - var_c) / 2) ** 2 + cov**2)
-        major, minor = (var_r + var_c) / 2 + root, np.maximum((var_r + var_c) / 2 - root, 1e-9)
-        roundness = area / (4 * np.pi * np.sqrt(major * minor))
-        elongation = np.sqrt(major / minor)
+        var_r = xp.bincount(owner, r * r, n) / safe + 1 / 12
+        var_c = xp.bincount(owner, c * c, n) / safe + 1 / 12
+        cov = xp.bincount(owner, r * c, n) / safe
+        root = xp.sqrt(((var_r - var_c) / 2) ** 2 + cov**2)
+        major, minor = (var_r + var_c) / 2 + root, xp.maximum((var_r + var_c) / 2 - root, 1e-9)
+        roundness = area / (4 * np.pi * xp.sqrt(major * minor))
+        elongation = xp.sqrt(major / minor)
         rim = eroded_flat[pixels] <= level
         rim_pixels, rim_owner = pixels[rim], owner[rim]
-        rim_length = np.maximum(np.bincount(rim_owner, minlength=n), 1)
-        contrast = np.bincount(rim_owner, step[rim_pixels], n) / rim_length
-        support = np.bincount(rim_owner, supported[rim_pixels], n) / rim_length
-        diameter = 2 * np.sqrt(area / np.pi) * mpp
-        size = np.minimum(
+        rim_length = xp.maximum(xp.bincount(rim_owner, minlength=n), 1)
+        contrast = xp.bincount(rim_owner, step[rim_pixels], n) / rim_length
+        support = xp.bincount(rim_owner, supported[rim_pixels], n) / rim_length
+        diameter = 2 * xp.sqrt(area / np.pi) * mpp
+        size = xp.minimum(
             (diameter - rules.min_diameter) / (rules.typical_diameter - rules.min_diameter),
             (rules.max_diameter - diameter) / (rules.max_diameter - rules.large_diameter),
         )
         likeness = (
             contrast
             * support
-            * np.clip(size, 0.0, 1.0)
+            * xp.clip(size, 0.0, 1.0)
             * (roundness / 0.97) ** rules.roundness_power
-            * np.minimum(1.0, rules.elongation_free / elongation) ** 2
+            * xp.minimum(1.0, rules.elongation_free / elongation) ** 2
         )
         fit = (likeness >= rules.min_likeness) & (contrast >= floor)
-        score = np.where(fit, likeness, 0.0).astype(np.float32)
+        score = xp.where(fit, likeness, 0.0).astype(xp.float32)
         score[0] = 0.0
-        parent = np.zeros(n, np.int64)
+        parent = xp.zeros(n, xp.int64)
         if previous is not None:
-            first = np.zeros(n, np.int64)
-            first[owner] = pixels
-            parent = previous.ravel()[first].astype(np.int64)
-        tree.append(_Level(labels.astype(np.int32, copy=False), score, area.astype(np.float32), parent))
+            first = xp.zeros(n, xp.int64)
+            first[owner] = pixels  # any pixel of the region will do: all of them lie in the same one below
+            parent = previous.ravel()[first].astype(xp.int64)
+        tree.append(_Level(labels.astype(xp.int32, copy=False), score, parent))
         previous = tree[-1].labels
-    return _best_cut(tree, density.shape)
+    return _best_cut(tree, density.shape, xp)
 
 
-def _best_cut(tree: list[_Level], shape: tuple[int, ...]) -> tuple[NDArray[np.int32], Float]:
+def _best_cut(tree: list[_Level], shape: tuple[int, ...], xp: Any) -> tuple[Any, Any]:
     """Go down the tree from its tips: a region stays unless the regions inside it are better on the average."""
-    result = np.zeros(shape, np.int32)
-    kept: list[NDArray[np.bool_]] = []
-    inherited = np.zeros(1, np.float32)
+    result = xp.zeros(shape, xp.int32)
+    kept: list[Any] = []
+    inherited = xp.zeros(1, xp.float32)
     for index in range(len(tree) - 1, -1, -1):
         level = tree[index]
         n = len(level.score)
-        best = np.zeros(n, np.float32)
+        best = xp.zeros(n, xp.float32)
         if index + 1 < len(tree):
             above = tree[index + 1]
             has = inherited > 0
-            weight = np.bincount(above.parent[has], minlength=n)
-            total = np.bincount(above.parent[has], inherited[has], n)
-            best = np.where(weight > 0, total / np.maximum(weight, 1), 0.0).astype(np.float32)
+            weight = xp.bincount(above.parent[has], minlength=n)
+            total = xp.bincount(above.parent[has], inherited[has], n)
+            best = (total / xp.maximum(weight, 1)).astype(xp.float32)
         take = (level.score > 0) & (level.score >= best)
         kept.append(take)
-        inherited = np.maximum(level.score, best)
+        inherited = xp.maximum(level.score, best)
     kept.reverse()
-    scores: list[Float] = []
-    covered = np.zeros(1, bool)
+    scores: list[Any] = []
+    covered = xp.zeros(1, bool)
     count = 0
     for index, level in enumerate(tree):
-        inside = covered[level.parent] if index else np.zeros(len(level.score), bool)
+        inside = covered[level.parent] if index else xp.zeros(len(level.score), bool)
         chosen = kept[index] & ~inside
         covered = inside | chosen
-        if chosen.any():
-            number = np.zeros(len(chosen), np.int32)
-            number[chosen] = np.arange(count + 1, count + 1 + int(chosen.sum()))
-            count += int(chosen.sum())
+        new = int(chosen.sum())
+        if new:
+            number = xp.zeros(len(chosen), xp.int32)
+            number[chosen] = xp.arange(count + 1, count + 1 + new, dtype=xp.int32)
+            count += new
             where = chosen[level.labels]
             result[where] = number[level.labels[where]]
             scores.append(level.score[chosen])
-    return result, np.concatenate(scores) if scores else np.zeros(0, np.float32)
+    return result, xp.concatenate(scores) if scores else xp.zeros(0, xp.float32)

@@ -13,7 +13,7 @@ __all__ = ["MILModel", "MILOutput", "full_mask", "masked_max", "masked_mean", "m
 class MILOutput(NamedTuple):
     """What a classifier says about a batch of bags. K outputs a bag, N tiles a bag, padding included.
 
-    Args:
+    Attributes:
         logits: (B, K) float, before softmax or sigmoid (``targets.Target`` knows which).
         attention: (B, N) float >= 0, sums to one over the tiles of a bag, exactly 0 on padding; None where the method
             has none. For methods with one attention per class, that of the highest logit.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from monai.bundle import ConfigWorkflow
 
 __all__ = ["bundle_root"]
 
@@ -12,9 +15,8 @@ __all__ = ["bundle_root"]
 def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
     """Root folder of a bundle.
 
-    A configuration does not know its own path. In this order: the folder above the ``--config_file`` that was given to
-    ``monai.bundle run``; the folder that MONAI's workflow has put on ``sys.path`` (``monai.bundle.load`` and
-    ``create_workflow`` do that); the working directory, if the bundle or a folder of that name lies there; the
+    In this order: the folder above the configuration that is being read, by ``monai.bundle run``, ``load``,
+    ``create_workflow`` or an export; the working directory, if the bundle or a folder of that name lies there; the
     checkout that this package is installed from.
 
     Args:
@@ -25,22 +27,28 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
         FileNotFoundError: when it is in none of these; give ``--bundle_root`` then.
     """
     here = Path(cwd) if cwd is not None else Path.cwd()
-    candidates = [_config_folder(here), *(here / entry for entry in sys.path if entry)]
-    candidates += [here, here / name, here / "bundles" / name]
+    candidates = [*_config_folders(here), here, here / name, here / "bundles" / name]
     candidates.append(Path(__file__).resolve().parents[2] / "bundles" / name)
     for folder in candidates:
-        if folder is not None and (folder / "configs" / "metadata.json").is_file() and folder.resolve().name == name:
+        if (folder / "configs" / "metadata.json").is_file() and folder.resolve().name == name:
             return str(folder.resolve())
     raise FileNotFoundError(f"the bundle {name} is not beside its configuration nor in {here}; give --bundle_root")
 
 
-def _config_folder(here: Path) -> Path | None:
-    """The folder above the configs of ``--config_file x`` or ``--config_file=x``; of the first file of several."""
-    for position, argument in enumerate(sys.argv):
-        key, _, value = argument.partition("=")
-        if key.lstrip("-") == "config_file":
-            value = value or (sys.argv[position + 1] if position + 1 < len(sys.argv) else "")
-            first = value.strip("[]\"' ").split(",")[0].strip("\"' ")
-            if first:
-                return (here / first).resolve().parent.parent
-    return None
+def _config_folders(here: Path) -> Iterator[Path]:
+    """Folders above the configurations that are being read, the innermost first.
+
+    MONAI gives a configuration no way to learn its own path. Who reads it knows: the workflow further up the call
+    stack, or the function of ``monai.bundle`` (``ckpt_export``, ``verify_net_in_out`` ...) by its local variable.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        reader = frame.f_locals.get("self")
+        if isinstance(reader, ConfigWorkflow):
+            yield (here / reader.config_root_path).resolve().parent
+        elif frame.f_globals.get("__name__") == "monai.bundle.scripts":
+            files = frame.f_locals.get("config_file_")
+            first = files[0] if isinstance(files, (list, tuple)) and files else files
+            if isinstance(first, (str, os.PathLike)):
+                yield (here / first).resolve().parent.parent
+        frame = frame.f_back

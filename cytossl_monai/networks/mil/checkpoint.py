@@ -63,6 +63,7 @@ def save_classifier(path: str | os.PathLike[str], classifier: MILClassifier) -> 
     Returns:
         the path written.
     """
+    # No key of the file may bear the name of a weight: monai.bundle.load matches the two by name.
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -71,7 +72,6 @@ def save_classifier(path: str | os.PathLike[str], classifier: MILClassifier) -> 
         "classes": list(classifier.classes),
         "target": classifier.target,
         "encoder": dict(classifier.encoder),
-        "temperature": float(classifier.temperature),
         "meta": dict(classifier.meta),
     }
     with atomic_path(path) as partial:
@@ -108,9 +108,8 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
             build_network(content["network"]),
             content["classes"],
             content["target"],
-            content["temperature"],
-            content["encoder"],
-            content["meta"],
+            encoder=content["encoder"],
+            meta=content["meta"],
         )
         classifier.load_state_dict(content["state_dict"])
     except (KeyError, RuntimeError, ValueError) as error:

@@ -323,8 +323,8 @@ def save_encoder(path: str | os.PathLike[str], encoder: Encoder, meta: Mapping[s
         "version": VERSION,
         "network": network_config(encoder.network),
         "pool": encoder.pool,
-        "mean": encoder.mean.flatten().tolist(),
-        "std": encoder.std.flatten().tolist(),
+        # Not "mean" and "std": monai.bundle.load would take them for the weights of that name.
+        "normalisation": {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()},
         "state_dict": {name: value.detach().cpu() for name, value in encoder.state_dict().items()},
         "meta": dict(meta or {}),
     }
@@ -359,7 +359,7 @@ def load_encoder(path: str | os.PathLike[str], device: str | torch.device = "cpu
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path}: version {content.get('version')}; this package reads version {VERSION}.")
     try:
-        encoder = build_encoder(content)
+        encoder = build_encoder({**content, **content.get("normalisation", {})})
         encoder.load_state_dict(content["state_dict"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the weights do not fit the network named in the file: {error}") from error

@@ -21,8 +21,9 @@ _SIDE = 224
 class ScriptableEncoder(nn.Module):
     """An encoder that ``torch.jit.script`` can compile: its network traced, for batches of any size.
 
-    The layout of tokens is Python that TorchScript cannot read, so the network is traced at the tile size that it was
-    made for; tiles of another size are refused. ``encoder_hash`` is the encoder's own, so that features are told apart.
+    The layout of tokens is Python that TorchScript cannot read, so the network is traced, for tiles of 224 pixels as
+    the bundles read them, or of its own size where its patches do not divide 224; others are refused.
+    ``encoder_hash`` is the encoder's own, so that features are told apart.
 
     Args:
         encoder: an `Encoder`; it is put into evaluation mode.
@@ -43,7 +44,7 @@ class ScriptableEncoder(nn.Module):
                 "drop_background=None, which takes the same weights"
             )
         self.height, self.width = _SIDE, _SIDE
-        if isinstance(network, SRTransformer):
+        if isinstance(network, SRTransformer) and any(_SIDE % side for side in network.patch_size):
             grid, patch = network.patch_embedding.grid, network.patch_embedding.patch_size
             self.height, self.width = int(grid[0] * patch[0]), int(grid[1] * patch[1])
         self.channels = int(encoder.mean.shape[1])
@@ -57,7 +58,7 @@ class ScriptableEncoder(nn.Module):
             self.traced = torch.jit.trace(traceable, example, check_trace=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float in [0, 1], to (B, D); H and W as the encoder was made for."""
+        """(B, 3, H, W) uint8, or float in [0, 1], to (B, D); H and W as it was traced for."""
         if image.dim() != 4 or image.shape[1:] != [self.channels, self.height, self.width]:
             raise ValueError(
                 f"Images must be (B, {self.channels}, {self.height}, {self.width}); got {list(image.shape)}."

@@ -112,13 +112,16 @@ def test_gradients_reach_every_parameter(make, target):
     if target == "ordinal":
         labels = torch.tensor([3, 1, 2])
     seen = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    silent = list(seen)
     for _ in range(4):  # dropout may silence a unit in one pass
         model.zero_grad()
         MILLoss(model, target)(model(features, mask), labels).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             seen[name] += parameter.grad.abs()
-    silent = [name for name, total in seen.items() if not (total > 0).any()]
+        silent = [name for name, total in seen.items() if not (total > 0).any()]
+        if not silent:
+            break
     assert not silent
 
 
@@ -151,12 +154,12 @@ def test_learns_a_needle_in_a_haystack(make):
     """Positive bags hold two tiles of another kind: a classifier worth its name fits that."""
     torch.manual_seed(1)
     model = make(2)
-    features = torch.randn(16, 20, 12)
-    labels = torch.arange(16) % 2
+    heavy = isinstance(model, MONAIPyramidHead)  # 80 million weights: two steps must lower its loss
+    features = torch.randn(4 if heavy else 16, 8 if heavy else 20, 12)
+    labels = torch.arange(len(features)) % 2
     features[labels == 1, :2] += 3.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5 if isinstance(model, MONAIPyramidHead) else 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5 if heavy else 1e-3)
     loss, first = MILLoss(model), torch.tensor(0.0)
-    heavy = isinstance(model, MONAIPyramidHead)  # 80 million weights: a few steps must lower its loss
     for step in range(3 if heavy else 30):
         optimizer.zero_grad()
         value = loss(model.train()(features), labels)

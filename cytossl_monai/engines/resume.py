@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cytossl_monai.engines.distributed import is_main, world_size
+from cytossl_monai.engines.sharding import full_state, load_full_state, name_of
 from cytossl_monai.utils.errors import CheckpointError
 from cytossl_monai.utils.files import atomic_path
 
@@ -27,10 +28,6 @@ FORMAT, VERSION = "cytossl-train", 1
 _NAME = re.compile(r"step_(\d+)\.pt$")
 
 
-def _is_sharded(method: nn.Module) -> bool:
-    return any(hasattr(parameter, "full_tensor") for parameter in method.parameters())
-
-
 def save_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> Path:
     """Write everything that a run needs to go on, atomically. Call it in all processes; the first one writes.
 
@@ -40,14 +37,8 @@ def save_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> Path:
         trainer: a trainer between two steps.
         path: the file.
     """
-    method, optimizer = trainer.method, trainer.optimizer
-    if _is_sharded(method):
-        from torch.distributed.checkpoint import state_dict as sharded
-
-        whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model_state, optimizer_state = sharded.get_state_dict(method, optimizer, options=whole)
-    else:
-        model_state, optimizer_state = method.state_dict(), optimizer.state_dict()
+    method = trainer.method
+    model_state, optimizer_state = full_state(method, trainer.optimizer)
     path = Path(path)
     if is_main():
         content = {
@@ -56,7 +47,7 @@ def save_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> Path:
             "step": trainer.state.iteration,
             "epoch_length": trainer.state.epoch_length,
             "total_steps": trainer.total_steps,
-            "method": type(method).__name__,
+            "method": name_of(method),
             "model": model_state,
             "optimizer": optimizer_state,
             "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else {},
@@ -109,23 +100,10 @@ def load_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> int:
         CheckpointError: when the file cannot be read or was made for another architecture or optimiser.
     """
     content = read_checkpoint(path)
-    method, optimizer = trainer.method, trainer.optimizer
+    method = trainer.method
     _check_fits(method, content, Path(path))
     try:
-        if _is_sharded(method):
-            from torch.distributed.checkpoint import state_dict as sharded
-
-            whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            sharded.set_state_dict(
-                method,
-                optimizer,
-                model_state_dict=content["model"],
-                optim_state_dict=content["optimizer"],
-                options=whole,
-            )
-        else:
-            method.load_state_dict(content["model"])
-            optimizer.load_state_dict(content["optimizer"])
+        load_full_state(method, trainer.optimizer, content["model"], content["optimizer"])
     except ValueError as error:
         raise CheckpointError(
             f"checkpoint {path} was made with another optimiser ({_first_line(error)}); restore the configuration it "

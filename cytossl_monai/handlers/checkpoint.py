@@ -32,6 +32,7 @@ class CheckpointHandler:
         every_steps: steps between two checkpoints; 0: none within epochs.
         keep_last: how many of the newest are kept, at least 1.
         best_metric: figure that the trainer reports, of which the largest value is kept as ``best.pt``; None: no best.
+            Steps count at which both the figure is computed and a checkpoint is due.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class CheckpointHandler:
         self.every_epochs, self.every_steps, self.keep_last = every_epochs, every_steps, keep_last
         self.best_metric = best_metric
         self.best: dict[str, float] = {}
-        self._fresh: float | None = None
+        self._fresh: tuple[int, float] | None = None  # step and value
 
     def attach(self, engine: SSLTrainer) -> None:
         """Save at the chosen steps, at the ends of epochs and at the end of the run."""
@@ -61,18 +62,20 @@ class CheckpointHandler:
         engine.add_event_handler(Events.COMPLETED, self.save)
 
     def _notice(self, step: int, epoch: int, figures: dict[str, float]) -> None:
-        """Remember a new value of the figure that counts; the next save decides on it."""
-        del step, epoch
+        """Remember a new value of the figure that counts; a save at the same step decides on it."""
+        del epoch
         if self.best_metric in figures:
-            self._fresh = figures[self.best_metric]
+            self._fresh = step, figures[self.best_metric]
 
     def save(self, engine: SSLTrainer) -> None:
         """Write a checkpoint of this step, unless there is one. Called in all processes; the first one writes."""
         step = engine.state.iteration
         path = self.save_dir / f"step_{step:08d}.pt"
-        improved = is_main() and self._fresh is not None and self._fresh > self.best.get("value", float("-inf"))
-        if improved and self._fresh is not None:
-            self.best = {"value": self._fresh, "step": float(step)}
+        improved = False
+        if self._fresh is not None and self._fresh[0] == step:  # a figure of other weights says nothing about these
+            improved = self._fresh[1] > self.best.get("value", float("-inf"))
+            if improved:
+                self.best = {"value": self._fresh[1], "step": float(step)}
         self._fresh = None
         if engine.last_checkpoint == path or step == 0:
             if improved and path.exists():

@@ -11,6 +11,7 @@ from ignite.engine import Events
 from torch import Tensor
 from torch.nn import functional as F
 
+from cytossl_monai.engines.distributed import is_main
 from cytossl_monai.engines.ssl_trainer import SSLTrainer
 
 __all__ = ["CollapseMonitor", "feature_spread", "rankme"]
@@ -126,4 +127,5 @@ class CollapseMonitor:
 
     def _warn(self, message: str) -> None:
         self.warnings.append(message)
-        logger.warning(message)
+        if is_main():
+            logger.warning(message)

@@ -11,6 +11,7 @@ from typing import Any
 from ignite.engine import Events
 
 from cytossl_monai.engines.distributed import is_main
+from cytossl_monai.engines.sharding import name_of, whole_encoder
 from cytossl_monai.engines.ssl_trainer import SSLTrainer
 from cytossl_monai.networks.nets.encoders import save_encoder
 
@@ -31,19 +32,21 @@ class EncoderExport:
         self.path, self.meta = Path(path), dict(meta or {})
 
     def attach(self, engine: SSLTrainer) -> None:
-        """Write when the run has finished; a run that was stopped early leaves the old file."""
-        if is_main():
-            engine.add_event_handler(Events.COMPLETED, self._write)
+        """Write in the first process when the run has finished; one that was stopped early leaves the old file."""
+        engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _write(self, engine: SSLTrainer) -> None:
         engine.ensure_finite()
+        encoder: Any = whole_encoder(engine.method)
+        if not is_main():
+            return
         figures = {k: float(v) for k, v in engine.state.metrics.items() if isinstance(v, int | float)}
         meta = {
             **self.meta,
-            "method": type(engine.method).__name__,
+            "method": name_of(engine.method),
             "steps": int(engine.state.iteration),
             "epochs": int(engine.state.epoch),
             "metrics": figures,
         }
-        save_encoder(self.path, engine.method.encoder, meta)
+        save_encoder(self.path, encoder, meta)
         logger.info("Wrote the encoder to %s.", self.path)

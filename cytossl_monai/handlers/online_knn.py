@@ -8,6 +8,7 @@ import torch
 from ignite.engine import Events
 
 from cytossl_monai.engines.distributed import is_main
+from cytossl_monai.engines.sharding import whole_encoder
 from cytossl_monai.engines.ssl_trainer import SSLTrainer
 from cytossl_monai.handlers.embedding import LabelledImages
 from cytossl_monai.metrics.knn import knn_cross_validate
@@ -43,8 +44,8 @@ class OnlineKNN:
         self._done = -1
 
     def attach(self, engine: SSLTrainer) -> None:
-        """Evaluate in the first process; attach before the handler that saves."""
-        if self.images is None or not is_main():
+        """Evaluate at the ends of epochs; attach before the handler that saves. The first process does it."""
+        if self.images is None:
             return
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.every_epochs), self.evaluate)
         engine.add_event_handler(Events.COMPLETED, self.evaluate)
@@ -54,7 +55,10 @@ class OnlineKNN:
         if self.images is None or self._done == engine.state.iteration:
             return
         self._done = engine.state.iteration
-        features = self.images.features(engine.method.encoder, engine.state.device, self.batch_size)
+        encoder = whole_encoder(engine.method)
+        if not is_main():
+            return
+        features = self.images.features(encoder, engine.state.device, self.batch_size)
         labels, folds = torch.as_tensor(self.images.labels), torch.as_tensor(self.images.folds)
         result = knn_cross_validate(features, labels, folds, self.k, self.temperature)
         engine.report(knn=result["balanced_accuracy"])

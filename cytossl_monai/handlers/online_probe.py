@@ -7,6 +7,7 @@ import logging
 from ignite.engine import Events
 
 from cytossl_monai.engines.distributed import is_main
+from cytossl_monai.engines.sharding import whole_encoder
 from cytossl_monai.engines.ssl_trainer import SSLTrainer
 from cytossl_monai.handlers.embedding import LabelledImages
 from cytossl_monai.metrics.linear_probe import linear_probe
@@ -30,8 +31,8 @@ class OnlineLinearProbe:
         self._done = -1
 
     def attach(self, engine: SSLTrainer) -> None:
-        """Evaluate in the first process."""
-        if self.images is None or not is_main():
+        """Evaluate when it is time. The first process does it."""
+        if self.images is None:
             return
         if self.every_epochs:
             engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.every_epochs), self.evaluate)
@@ -42,7 +43,10 @@ class OnlineLinearProbe:
         if self.images is None or self._done == engine.state.iteration:
             return
         self._done = engine.state.iteration
-        features = self.images.features(engine.method.encoder, engine.state.device, self.batch_size)
+        encoder = whole_encoder(engine.method)
+        if not is_main():
+            return
+        features = self.images.features(encoder, engine.state.device, self.batch_size)
         result = linear_probe(features.numpy(), self.images.labels, self.images.folds)
         engine.report(linear_probe=result.mean, linear_probe_low=result.low, linear_probe_high=result.high)
         logger.info("Linear probe: balanced accuracy %.3f (%.3f to %.3f).", result.mean, result.low, result.high)

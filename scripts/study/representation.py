@@ -16,38 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from cytossl_monai.data.image_folder import ImageFolder, ImageRecord, list_images
-from cytossl_monai.metrics.linear_probe import group_folds, knn_probe, linear_probe
-from cytossl_monai.networks.nets.encoders import Encoder, build_encoder, load_encoder
+from cytossl_monai.engines.representation import encode, labelled_task, probe
+from cytossl_monai.networks.nets.encoders import build_encoder, load_encoder
 from cytossl_monai.transforms.nuclei import segment_instances
 from cytossl_monai.utils.files import write_text
 
 SOURCE_MPP = 0.25
-
-
-def cell_task(root: Path) -> tuple[list[ImageRecord], list[str] | None]:
-    """Whole crops, centred: a cell keeps its scale, other than if every crop were resized to the same side."""
-    records = []
-    for record in list_images(root / "cells"):
-        with Image.open(record.path) as image:
-            width, height = image.size
-        records.append(ImageRecord(record.path, record.label, record.group, width / 2, height / 2))
-    return records, None
-
-
-def cric_task(root: Path) -> tuple[list[ImageRecord], list[str] | None]:
-    """Marked nuclei; ten neighbouring image numbers are one group."""
-    records = list_images(root / "cric" / "cells.csv")
-    return records, [str(int(record.path.stem) // 10) for record in records]
-
-
-def features_of(encoder: Encoder, images: torch.Tensor, batch: int = 64) -> np.ndarray:
-    """(N, D) float32 features of uint8 images."""
-    encoder.eval()
-    with torch.inference_mode():
-        return torch.cat([encoder(images[i : i + batch]) for i in range(0, len(images), batch)]).numpy()
 
 
 def plain_features(images: torch.Tensor, mpp: float) -> np.ndarray:
@@ -73,28 +48,25 @@ def main() -> None:
     torch.manual_seed(0)
     saved = torch.load(args.encoder, map_location="cpu", weights_only=True)
     untrained = build_encoder(saved)
-    mpp = SOURCE_MPP * args.field / args.size
 
     lines = ["| task | features | kNN | linear probe |", "|---|---|---|---|"]
     print("\n".join(lines))
-    for name, task in (("cells, 11 classes", cell_task), ("cric, 6 classes", cric_task)):
-        records, groups = task(args.data)
-        dataset = ImageFolder(records, size=args.size, mpp=SOURCE_MPP, crop=args.field)
-        images = torch.stack([item["image"] for item in dataset.__getitems__(range(len(dataset)))])
-        labels = np.unique([record.label or "" for record in records], return_inverse=True)[1]
-        folds = group_folds(labels.tolist(), groups)
+    scale = {"size": args.size, "mpp": SOURCE_MPP, "field": args.field}
+    for task in (
+        labelled_task("cells", args.data / "cells", **scale),
+        labelled_task("cric", args.data / "cric" / "cells.csv", group_block=10, **scale),
+    ):
         for kind, features in (
-            ("(a) pretrained", features_of(trained, images)),
-            ("(b) random weights", features_of(untrained, images)),
-            ("(c) colour and nuclear area", plain_features(images, mpp)),
+            ("(a) pretrained", encode(trained, task.images)),
+            ("(b) random weights", encode(untrained, task.images)),
+            ("(c) colour and nuclear area", plain_features(task.images, task.mpp)),
         ):
             if kind.startswith("(c)"):  # units differ: without scaling the areas alone would decide who is near
                 features = (features - features.mean(0)) / features.std(0).clip(1e-6)
-            cells = []
-            for probe in (knn_probe, linear_probe):
-                result = probe(features, labels, folds)
-                cells.append(f"{result.mean:.3f} ({result.low:.3f} to {result.high:.3f})")
-            lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+            cells = [
+                f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})" for found in probe(features, task).values()
+            ]
+            lines.append(f"| {task.name}, {len(task.classes)} classes | {kind} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     if args.out:
         write_text(args.out, "\n".join(lines) + "\n")

@@ -82,12 +82,13 @@ def make_trainer(
     lr: float = 1e-3,
     dropout: float = 0.1,
     epoch_length: int = 5,
+    strategy: str = "ddp",
     **options: object,
 ) -> SSLTrainer:
     """A trainer over ``Dots``; ``output`` None writes nothing."""
     seed_all(3)
     method = method or MoCoV3(TinyEncoder(dropout), dim=8, hidden_dim=32)
-    network = distributed.prepare(method, "cpu")
+    network = distributed.prepare(method, "cpu", strategy)
     data = Dots()
     sampler = SSLBatchSampler(
         data,

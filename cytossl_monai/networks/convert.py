@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.networks.nets import ViT
 from torch import Tensor, nn
 
@@ -51,31 +52,41 @@ class LoadReport:
 
 
 _RENAME = (
+    # DINOv2's training code nests blocks in chunks: blocks.0.7.x is block 7.
+    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
     (re.compile(r"^patch_embed\.proj\."), "patch_embedding.patch_embeddings."),
     (re.compile(r"^blocks\.(\d+)\.attn\.proj\."), r"blocks.\1.attn.out_proj."),
     (re.compile(r"^blocks\.(\d+)\.mlp\.fc1\."), r"blocks.\1.mlp.linear1."),
     (re.compile(r"^blocks\.(\d+)\.mlp\.fc2\."), r"blocks.\1.mlp.linear2."),
     (re.compile(r"^blocks\.(\d+)\.ls([12])\.gamma$"), r"blocks.\1.scale\2.gamma"),
-    # DINOv2's training code nests blocks in chunks: blocks.0.7.x is block 7.
-    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
     (re.compile(r"^(reg_token)$"), "register_tokens"),
 )
 
 
-def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _unwrap(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """The encoder inside a checkpoint.
+
+    Returns:
+        tensors without the prefixes of wrappers, the name in the file of each, and the entries beside the encoder.
+    """
+    inside, beside = "", [name for name, value in state.items() if not isinstance(value, Tensor)]
     for name in _CONTAINERS:
         if isinstance(state.get(name), Mapping):
+            inside, beside = name + "/", [other for other in state if other != name]
             state = state[name]
+            beside += [inside + other for other, value in state.items() if not isinstance(value, Tensor)]
             break
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    origin = {name: inside + name for name in tensors}
     while True:
         prefix = next((p for p in _PREFIXES if any(name.startswith(p + "blocks.") for name in tensors)), None)
         if prefix is None:
             prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
         if prefix is None:
-            return tensors
+            return tensors, origin, [str(name) for name in beside]
         # Entries beside the encoder (heads of a training checkpoint) keep their names, and turn up as unused.
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        origin = {name.removeprefix(prefix): file_name for name, file_name in origin.items()}
 
 
 def _grid_of(count: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
@@ -91,7 +102,7 @@ def _grid_of(count: int, grid: tuple[int, int] | None, name: str) -> tuple[int, 
 
 def convert_state_dict(
     state: Mapping[str, Any], network: SRTransformer, grid: tuple[int, int] | None = None
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], LoadReport]:
     """Rename a ViT's state dict (timm, DINO, DINOv2, MAE, MONAI or this package's) to `SRTransformer`'s names.
 
     Position embeddings of another grid are resized (bicubic). timm's and DINO's position of the class token is added to
@@ -103,23 +114,25 @@ def convert_state_dict(
         grid: rows and columns of the grid of the file's position embeddings; None: square.
 
     Returns:
-        renamed state dict, and what was changed.
+        renamed state dict with those entries only that the network has a place for, and a report in which ``missing``
+        and ``loaded`` are not filled in.
 
     Raises:
-        CheckpointError: where position embeddings fit no grid.
+        CheckpointError: where position embeddings fit no grid, or the depth or the parts of the blocks differ.
     """
-    tensors = _unwrap(state)
-    changed: list[str] = []
+    tensors, origin, beside = _unwrap(state)
+    report = LoadReport(unused=beside)
     out: dict[str, Tensor] = {}
-    registers = 0
+    file_name: dict[str, str] = {}
     for name, value in tensors.items():
         new = name
-        if name == "register_tokens" or name == "reg_token":
-            registers = value.shape[1]
         for pattern, replacement in _RENAME:
             new = pattern.sub(replacement, new)
         out[new] = value
+        file_name[new] = origin[name]
+    registers = out["register_tokens"].shape[1] if "register_tokens" in out else 0
     target = network.patch_embedding.position_embeddings
+    table = "patch_embedding.position_embeddings"
     position = out.pop("pos_embed", None)
     if position is not None:
         cells = network.patch_embedding.grid[0] * network.patch_embedding.grid[1]
@@ -131,20 +144,32 @@ def convert_state_dict(
         extra = number - patches
         if extra and "cls_token" in out:
             out["cls_token"] = out["cls_token"] + position[:, :1]
-            changed.append("position of the class token added to cls_token")
+            report.changed.append("position of the class token added to cls_token")
         if extra > 1 and "register_tokens" in out:
             out["register_tokens"] = out["register_tokens"] + position[:, 1:extra]
-            changed.append("positions of registers added to register_tokens")
-        out["patch_embedding.position_embeddings"] = position[:, extra:]
-    name = "patch_embedding.position_embeddings"
-    if name in out and out[name].shape[1] != target.shape[1]:
-        old = _grid_of(out[name].shape[1], grid, "pos_embed")
-        new_grid = network.patch_embedding.grid
-        out[name] = resize_position_embeddings(out[name], old, new_grid)
-        changed.append(f"position embeddings resized from {old[0]} x {old[1]} to {new_grid[0]} x {new_grid[1]}")
-    for name in [name for name in out if "cross_attn." in name]:
-        del out[name]
-    return out, changed
+            report.changed.append("positions of registers added to register_tokens")
+        out[table] = position[:, extra:]
+        file_name[table] = file_name["pos_embed"]
+    if table in out and out[table].shape[1] != target.shape[1]:
+        old, new_grid = _grid_of(out[table].shape[1], grid, "pos_embed"), network.patch_embedding.grid
+        out[table] = resize_position_embeddings(out[table], old, new_grid)
+        report.changed.append(f"position embeddings resized from {old[0]} x {old[1]} to {new_grid[0]} x {new_grid[1]}")
+    own = network.state_dict()
+    blocks = {int(match[1]) for name in out if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if not blocks:
+        raise CheckpointError(f"holds no ViT that is known here (entries such as {sorted(state)[:3]}).")
+    if len(blocks) != len(network.blocks):
+        raise CheckpointError(f"has {len(blocks)} blocks, the network {len(network.blocks)}.")
+    for name in list(out):
+        other_head = name.startswith("classification_head") and own.get(name, out[name]).shape != out[name].shape
+        if name not in own or other_head:
+            report.unused.append(file_name[name])
+            if name.startswith("blocks.") and "cross_attn." not in name:  # MONAI has those and does not use them
+                raise CheckpointError(
+                    f"the network has no place for {file_name[name]} (layer scale, bias?). Build it alike."
+                )
+            del out[name]
+    return out, report
 
 
 def _extras(number: int, cells: int, registers: int, grid: tuple[int, int] | None) -> list[int]:
@@ -175,66 +200,63 @@ def load_vit_weights(
     Raises:
         CheckpointError: where the file is unreadable, of another width, patch or depth, or holds no ViT.
     """
-    where = "the state dict"
-    if not isinstance(weights, Mapping):
-        where = str(weights)
-        if not Path(weights).is_file():
-            raise CheckpointError(f"{where}: no such file. Give a local file with a ViT's state dict.")
-        try:
-            weights = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{where}: cannot be read as weights ({error}).") from error
-        if not isinstance(weights, Mapping):
-            raise CheckpointError(f"{where}: holds {type(weights).__name__}, no state dict.")
-    state, changed = convert_state_dict(weights, network, grid)
+    where, state = _read(weights)
+    try:
+        fitting, report = convert_state_dict(state, network, grid)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     own = network.state_dict()
-    report = LoadReport(changed=changed)
-    fitting: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name not in own:
-            report.unused.append(name)
-        elif own[name].shape != value.shape:
-            if name.startswith("classification_head"):
-                report.unused.append(name)
-                continue
+    for name, value in fitting.items():
+        if own[name].shape != value.shape:
             raise CheckpointError(
                 f"{where}: {name} is {tuple(value.shape)}, the network has {tuple(own[name].shape)}: another width, "
                 "patch size or number of channels. Build the network as the weights were."
             )
-        else:
-            fitting[name] = value
-    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if blocks and blocks != set(range(len(network.blocks))):
-        raise CheckpointError(f"{where}: has {len(blocks)} blocks, the network {len(network.blocks)}.")
-    if not blocks:
-        raise CheckpointError(f"{where}: holds no ViT that is known here (entries such as {sorted(state)[:3]}).")
-    forbidden = [name for name in report.unused if name.startswith("blocks.")]
-    if forbidden:
-        raise CheckpointError(f"{where}: the network has no place for {forbidden[:4]} (layer scale, biases?).")
     network.load_state_dict(fitting, strict=False)
     report.loaded = sorted(fitting)
     report.missing = sorted(set(own) - set(fitting))
     return report
 
 
-def _arguments_of_state(state: Mapping[str, Tensor], num_heads: int | None) -> dict[str, Any]:
-    """Constructor arguments that a ViT's state dict implies; None entries are unknown."""
+def _read(weights: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """How to call the weights in a message, and what they hold."""
+    if isinstance(weights, Mapping):
+        return "the state dict", weights
+    where = str(weights)
+    if not Path(weights).is_file():
+        raise CheckpointError(f"{where}: no such file. Give a local file with a ViT's state dict.")
+    try:
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{where}: cannot be read as weights ({error}).") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{where}: holds {type(content).__name__}, no state dict.")
+    return where, content
+
+
+def _arguments_of_state(
+    state: Mapping[str, Tensor], num_heads: int | None, img_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Constructor arguments that a ViT's state dict implies; the image's size is guessed where it is not given."""
     names = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): value for name, value in state.items()}
     projection = names.get("patch_embed.proj.weight", names.get("patch_embedding.patch_embeddings.weight"))
     blocks = {int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
     if projection is None or projection.dim() != 4 or not blocks:
-        raise CheckpointError(f"This state dict holds no 2D ViT (entries such as {sorted(state)[:3]}).")
+        raise CheckpointError(f"holds no 2D ViT (entries such as {sorted(state)[:3]}).")
     width = projection.shape[0]
     hidden = names.get("blocks.0.mlp.fc1.weight", names.get("blocks.0.mlp.linear1.weight"))
-    if hidden is None:
-        raise CheckpointError("This ViT has no plain two-layer MLP (SwiGLU?): it cannot become an SRTransformer.")
+    back = names.get("blocks.0.mlp.fc2.weight", names.get("blocks.0.mlp.linear2.weight"))
+    if hidden is None or back is None or back.shape != hidden.shape[::-1]:
+        raise CheckpointError("has no plain two-layer MLP (SwiGLU?): it cannot become an SRTransformer.")
     position = names.get("pos_embed", names.get("patch_embedding.position_embeddings"))
     registers = names.get("register_tokens", names.get("reg_token"))
     count = 0 if registers is None else registers.shape[1]
     patch = (int(projection.shape[2]), int(projection.shape[3]))
     has_cls = "cls_token" in names
-    img_size = (14 * patch[0], 14 * patch[1])
-    if position is not None:
+    if img_size is None and position is None:
+        img_size = (14 * patch[0], 14 * patch[1])
+    elif img_size is None:
+        assert position is not None
         candidates = [position.shape[1] - extra for extra in (int(has_cls), 0, int(has_cls) + count)]
         side = next((math.isqrt(n) for n in candidates if n > 0 and math.isqrt(n) ** 2 == n), None)
         if side is None:
@@ -291,7 +313,7 @@ def _arguments_of_monai(model: ViT) -> dict[str, Any]:
 
 
 def to_sr_transformer(
-    model: nn.Module | Mapping[str, Any],
+    model: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
     rpe: Any = "product",
     sparsity: Any = "routed",
     num_heads: int | None = None,
@@ -303,8 +325,9 @@ def to_sr_transformer(
     tables of iRPE start at zero. It is then trained on.
 
     Args:
-        model: a MONAI `ViT` (2D, square grid), a timm ``VisionTransformer``, or a state dict with the names of timm,
-            DINO, DINOv2 or MAE.
+        model: a MONAI `ViT` (2D, square grid), a timm ``VisionTransformer``, or a state dict (or a local file with
+            one) with the names of timm, DINO, DINOv2 or MAE. What a state dict does not say is taken as published for
+            these: GELU, layer norms with an epsilon of 1e-6.
         rpe: iRPE, see `SRTransformer`.
         sparsity: see `SRTransformer`.
         num_heads: only for a state dict, which does not say it; None: width / 64.
@@ -317,9 +340,14 @@ def to_sr_transformer(
         CheckpointError: for a state dict that holds no ViT.
         ValueError: for models that cannot be converted exactly.
     """
-    if isinstance(model, Mapping):
-        state = _unwrap(model)
-        implied = _arguments_of_state(state, num_heads)
+    state: Mapping[str, Any]
+    if isinstance(model, Mapping | str | os.PathLike):
+        where, state = _read(model)
+        size = arguments.get("img_size")
+        try:
+            implied = _arguments_of_state(_unwrap(state)[0], num_heads, (size, size) if isinstance(size, int) else size)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error
     elif isinstance(model, ViT):
         state, implied = dict(model.state_dict()), _arguments_of_monai(model)
     elif all(hasattr(model, name) for name in ("patch_embed", "blocks", "norm")):
@@ -355,14 +383,18 @@ def _from_timm(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
         if part is not None and not isinstance(part, nn.Identity)
     ]
-    if changed or not isinstance(norm, nn.LayerNorm):
-        raise ValueError(f"This VisionTransformer has {changed or ['no final LayerNorm']}: it cannot be converted.")
+    if not isinstance(norm, nn.LayerNorm):
+        changed.append("no final LayerNorm over its tokens")
+    x = torch.linspace(-3, 3, 31)
+    if not torch.allclose(parts.blocks[0].mlp.act(x), F.gelu(x), atol=1e-6):
+        changed.append(f"the activation {type(parts.blocks[0].mlp.act).__name__}")
+    if changed:
+        raise ValueError(f"This VisionTransformer has {', '.join(changed)}: it cannot be converted exactly.")
     state = dict(parts.state_dict())
     if getattr(parts, "no_embed_class", False) and "cls_token" in state:
         # The class token has no position here, so that all positions belong to patches.
         state["pos_embed"] = torch.cat([torch.zeros_like(state["cls_token"]), state["pos_embed"]], dim=1)
-    implied = _arguments_of_state(state, int(attention.num_heads))
-    rows, cols = parts.patch_embed.grid_size
-    implied["img_size"] = (rows * implied["patch_size"][0], cols * implied["patch_size"][1])
+    (rows, cols), patch = parts.patch_embed.grid_size, parts.patch_embed.patch_size
+    implied = _arguments_of_state(state, int(attention.num_heads), (rows * patch[0], cols * patch[1]))
     implied["norm_eps"] = norm.eps
     return state, implied

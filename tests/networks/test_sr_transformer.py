@@ -108,7 +108,7 @@ def test_other_sizes_interpolate_absolute_positions() -> None:
     assert network(torch.rand(1, 3, 64, 32))[0].shape == (1, 33, 24)
 
 
-# Parameters of timm's vit_{tiny,small,base}_patch16_224 without their heads, where the class token has a position as well.
+# Parameters of timm's vit_{tiny,small,base}_patch16_224 without heads; its class token has a position as well.
 @pytest.mark.parametrize(
     ("make", "count"), [(sr_vit_tiny, 5_524_416), (sr_vit_small, 21_665_664), (sr_vit_base, 85_798_656)]
 )

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from cytossl_monai.transforms.nuclei_backend import ArrayBackend, BackendName, array_backend
 from cytossl_monai.transforms.nuclei_mask import nuclear_density, nuclei_mask
-from cytossl_monai.transforms.nuclei_regions import RegionRules, select_regions
+from cytossl_monai.transforms.nuclei_regions import RegionRules, noise_level, select_regions
 from cytossl_monai.transforms.nuclei_split import split_touching
 from cytossl_monai.transforms.nuclei_table import NucleiInstances, describe_nuclei
 from cytossl_monai.transforms.stains import rgb_to_od, separate_stains, stain_matrix
@@ -168,7 +168,10 @@ def segment_instances(
     # Enlarging a coarse tile adds nothing, and what interpolation makes of noise looks like small nuclei.
     scale = max(WORKING_MPP, mpp)
     shape = (max(1, round(height * mpp / scale)), max(1, round(width * mpp / scale)))
-    density = _resample(libraries.from_torch(_stain_density(pixels, stains)), shape, scale / mpp, libraries)
+    density = libraries.from_torch(_stain_density(pixels, stains))
+    if noise_level(density, libraries) > rules.max_noise:
+        density = libraries.xp.zeros_like(density)
+    density = _resample(density, shape, scale / mpp, libraries)
     density = libraries.gaussian(density, SMOOTHING / scale, mode="nearest", preserve_range=True)
     regions, _ = select_regions(density, scale, rules, libraries)
     regions = split_touching(libraries.to_numpy(regions), scale)

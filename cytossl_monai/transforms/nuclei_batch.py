@@ -50,6 +50,11 @@ def label_planes(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     if mask.device.type == "cpu":
         labels, count = ndimage.label(mask.numpy(), structure=_IN_PLANE)
         return torch.from_numpy(labels).long(), int(count)
+    return _label_by_spreading(mask)
+
+
+def _label_by_spreading(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """``label_planes`` in tensor operations alone, for devices that SciPy cannot reach."""
     pixels = torch.arange(1, mask.numel() + 1, device=mask.device).view(mask.shape)
     current = torch.where(mask, pixels, 0)
     while True:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from cytossl_monai.transforms.nuclei_batch import pick_regions
+from cytossl_monai.transforms.nuclei_batch import noise_levels, pick_regions
 from cytossl_monai.transforms.nuclei_regions import RegionRules
 
 __all__ = ["nuclear_density", "nuclei_mask"]
@@ -49,6 +49,7 @@ def _segment(images: torch.Tensor, mpp: float, rules: RegionRules) -> torch.Tens
     """Mask of tiles that share one scale; arguments as in ``nuclei_mask``."""
     height, width = images.shape[-2:]
     density = nuclear_density(images)
+    quiet = (noise_levels(density[:, 0]) <= rules.max_noise).view(-1, 1, 1, 1)
     coarse, scale = density, mpp
     if mpp < 0.8 * WORKING_MPP:
         rows, columns = (max(1, round(n * mpp / WORKING_MPP)) for n in (height, width))
@@ -61,14 +62,14 @@ def _segment(images: torch.Tensor, mpp: float, rules: RegionRules) -> torch.Tens
     share = torch.arange(LEVELS, device=images.device, dtype=torch.float32)[:, None] / LEVELS
     region, bar = pick_regions(coarse, bottom + (top - bottom).clamp_min(0.0) * share, scale, rules)
     if coarse.shape[-2:] == (height, width):
-        return region[:, None]
+        return region[:, None] & quiet
     # The outline is drawn again at the tile's own resolution, at the level found, at most one coarse pixel further out.
     bar = -F.max_pool2d(-bar[:, None].clamp_max(9.0), 3, stride=1, padding=1)
     bar = F.interpolate(bar, size=(height, width), mode="nearest")
     radius = round(0.25 / mpp)
     if radius:
         density = F.avg_pool2d(density, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
-    return density > bar
+    return (density > bar) & quiet
 
 
 @torch.no_grad()

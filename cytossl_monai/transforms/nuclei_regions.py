@@ -40,6 +40,8 @@ class RegionRules:
         max_diameter: equivalent diameter in micrometres at and above which nothing is a nucleus.
         min_contrast: smallest mean step in optical density across the edge.
         noise_factor: the step must also be this many times the noise of the tile (a robust standard deviation).
+        max_noise: standard deviation of a tile's noise, in optical density, above which nothing in it is a nucleus:
+            cameras add a tenth of it, and of more chance alone makes regions.
         min_likeness: smallest likeness.
         roundness_power: how much it costs to differ from an ellipse. Roundness is the ratio of a region's area to that
             of the ellipse with the same second moments, 1 for an ellipse.
@@ -57,6 +59,7 @@ class RegionRules:
     max_diameter: float = 28.0
     min_contrast: float = 0.06
     noise_factor: float = 2.5
+    max_noise: float = 0.12
     min_likeness: float = 0.05
     roundness_power: float = 4.0
     elongation_free: float = 1.6

@@ -59,6 +59,7 @@ class PreemptionHandler:
         engine.add_event_handler(Events.STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
         engine.add_event_handler(Events.COMPLETED, self._restore)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -74,6 +75,11 @@ class PreemptionHandler:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
+
+    def _fail(self, error: BaseException) -> None:
+        """Stop listening, and let the error go on its way: Ignite takes an exception with a handler for handled."""
+        self._restore()
+        raise error
 
     def _leaving(self, engine: SSLTrainer) -> bool:
         if world_size() == 1:

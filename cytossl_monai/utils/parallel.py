@@ -23,6 +23,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
+_GRACE = 10.0
+"""Seconds that a worker gets to end before it is killed."""
+
 
 class WorkerDiedError(RuntimeError):
     """The process that worked on an item ended without an answer: killed, out of memory, or crashed in native code."""
@@ -134,7 +137,10 @@ class _Worker:
     def stop(self) -> None:
         if self.process.is_alive():
             self.process.terminate()
-        self.process.join()
+        self.process.join(_GRACE)
+        if self.process.is_alive():  # native code that does not listen
+            self.process.kill()
+            self.process.join()
         self.pipe.close()
 
 
@@ -144,6 +150,8 @@ def _serve(pipe: Connection, function: Callable[[Any], Any], inherited: Sequence
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    # A parent that obeys SIGTERM in its own way (a training run that saves first) passes that way on through a fork.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     while True:
         try:

@@ -197,8 +197,10 @@ class NaNAt(nn.Module):
 
 def test_divergence_names_step_checkpoint_and_causes(tmp_path: Path) -> None:
     keeper = CheckpointHandler(tmp_path, every_epochs=0, every_steps=4)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingDiverged) as told:
-        make_trainer(None, steps=12, method=NaNAt(7), handlers=(keeper,)).run()
+        make_trainer(None, steps=12, method=NaNAt(7), handlers=(keeper, PreemptionHandler())).run()
+    assert signal.getsignal(signal.SIGTERM) == before, "a run that fails goes on listening"
     for part in ("at step 7 of 12", "step_00000004.pt", "learning rate too high", "set clip_norm"):
         assert part in str(told.value)
 

@@ -81,6 +81,15 @@ def test_stopping_early_leaves_no_process():
     assert multiprocessing.active_children() == []
 
 
+def test_workers_end_though_the_parent_obeys_sigterm_in_its_own_way():
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        found = outcomes(["pid", "pid", 1], num_workers=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found[1].result == 2
+
+
 def test_spawned_workers():
     found = list(run_parallel(abs, [-1, -2], num_workers=1, progress=False, start_method="spawn"))
     assert sorted(o.result for o in found) == [1, 2]

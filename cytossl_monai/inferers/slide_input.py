@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import time
@@ -101,6 +102,7 @@ class IndexSlided(Transform):
             and resolution, whatever thresholds it was made with, and makes a missing one with the defaults.
         num_threads: threads within the slide; None takes one for each CPU core.
         device: where to decode and to find nuclei.
+        isolate: False indexes in this process, for callers that must not start others (a MONAI Deploy application).
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class IndexSlided(Transform):
         settings: Mapping[str, Any] | None = None,
         num_threads: int | None = None,
         device: str | torch.device = "cpu",
+        isolate: bool = True,
     ) -> None:
         chosen = dict(settings or {})
         if isinstance(chosen.get("ink"), Mapping):
@@ -123,6 +126,7 @@ class IndexSlided(Transform):
             ) from error
         self.index_dir, self.any_thresholds = Path(index_dir), settings is None
         self.num_threads, self.device = num_threads, str(torch.device(device).type)
+        self.isolate = isolate
         self._calls = 0
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +178,11 @@ class IndexSlided(Transform):
             device=self.device,
             overview=False,
         )
-        method = None if first or not hasattr(os, "fork") else "forkserver"
-        for outcome in run_parallel(work, [record], 1, progress=False, start_method=method):
+        method = None
+        if not first and "forkserver" in multiprocessing.get_all_start_methods():
+            # The server imports once what its children need; set before it starts, this costs nothing later.
+            method = "forkserver"
+            multiprocessing.get_context(method).set_forkserver_preload(["cytossl_monai.data.indexing"])
+        for outcome in run_parallel(work, [record], int(self.isolate), progress=False, start_method=method):
             outcome.unwrap()
         return TileIndex.read(path)

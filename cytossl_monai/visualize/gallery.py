@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 from skimage.measure import find_contours
 from skimage.segmentation import find_boundaries
 
@@ -54,15 +56,17 @@ class GalleryTile:
     attention: float
     score: float
 
-    @property
+    @cached_property
     def contours(self) -> list[np.ndarray]:
         """Outlines of the nuclei, in the table's order: (K, 2) float, x and y in pixels from the image's corner."""
         found = []
-        padded = np.pad(self.labels, 1)
+        boxes = ndimage.find_objects(self.labels)
         for label in self.nuclei["label"]:
-            rings = find_contours(padded == label, 0.5)
-            ring = max(rings, key=len)
-            found.append(ring[:, ::-1] - 0.5)  # index 1 of the padded map is the centre of pixel 0, at 0.5
+            rows, columns = boxes[int(label) - 1]
+            inside = np.pad(self.labels[rows, columns] == label, 1)
+            ring = max(find_contours(inside, 0.5), key=len)
+            # Index 1 of the padded box is the centre of the box's first pixel, half a pixel from its corner.
+            found.append(ring[:, ::-1] - 0.5 + (columns.start, rows.start))
         return found
 
     @property
@@ -156,5 +160,5 @@ def draw_gallery(
         draw.rectangle((gap, base, gap + length / um_per_pixel, base + 4), _INK)
         draw.text((gap + length / um_per_pixel + 8, base - 7), f"{length:g} µm", _INK, small)
     with atomic_path(path) as partial:
-        canvas.save(partial, format="PNG")
+        canvas.save(partial, format="PNG", compress_level=4)
     return path

@@ -42,7 +42,12 @@ def blend(thumbnail: np.ndarray, heat: TileMap) -> Image.Image:
 
 
 def draw_overlay(
-    path: str | os.PathLike[str], thumbnail: np.ndarray, heat: TileMap, title: str, legend: str = "attention"
+    path: str | os.PathLike[str],
+    thumbnail: np.ndarray,
+    heat: TileMap,
+    title: str,
+    legend: str = "attention",
+    max_size: int = 1600,
 ) -> Path:
     """Draw the overlay.
 
@@ -52,11 +57,17 @@ def draw_overlay(
         heat: the map.
         title: line above the picture.
         legend: what the colours mean.
+        max_size: longer side of the slide's picture, pixels; a larger thumbnail is brought down to it.
 
     Returns:
         the path written.
     """
     path = Path(path)
+    shrink = max(thumbnail.shape[1:]) / max_size
+    if shrink > 1:
+        size = max(1, round(thumbnail.shape[2] / shrink)), max(1, round(thumbnail.shape[1] / shrink))
+        picture = Image.fromarray(np.ascontiguousarray(thumbnail.transpose(1, 2, 0)))
+        thumbnail = np.asarray(picture.resize(size, Image.Resampling.BOX)).transpose(2, 0, 1)
     over = blend(thumbnail, heat)
     width = max(over.width, 480)
     canvas = Image.new("RGB", (width, over.height + 2 * _MARGIN), "white")
@@ -80,5 +91,5 @@ def draw_overlay(
         length_px = draw.textlength(text, font=small)
         draw.text((at - (length_px / 2 if text == legend else length_px), base + 14), text, _INK, small)
     with atomic_path(path) as partial:
-        canvas.save(partial, format="PNG")
+        canvas.save(partial, format="PNG", compress_level=4)
     return path

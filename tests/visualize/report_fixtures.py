@@ -24,7 +24,9 @@ def cell_picture(side=128):
 def gallery_tiles():
     image = cell_picture()
     found = segment_instances(image, 0.25)
-    return [GalleryTile(image, 0.25, found.labels, found.table, 128 * i, 128, 128, 2.0, 0.9 - 0.1 * i) for i in range(3)]
+    return [
+        GalleryTile(image, 0.25, found.labels, found.table, 128 * i, 128, 128, 2.0, 0.9 - 0.1 * i) for i in range(3)
+    ]
 
 
 def answer(name, suspicion):

@@ -64,7 +64,9 @@ def test_heatmap_tiff_opens_as_a_slide_in_the_slides_frame(tmp_path, heat, backe
             seen = slide.read_region(round(x), round(y), 1, 8 * MPP)[:, 0, 0]
             np.testing.assert_allclose(seen, on_white(heat.values[row, column]), atol=1)
     row, column = np.argwhere(np.isnan(heat.values))[0]
-    assert slide.read_region(int((column + 0.5) * CELL / 4), int((row + 0.5) * CELL / 4), 1).ravel().tolist() == [255] * 3
+    assert (
+        slide.read_region(int((column + 0.5) * CELL / 4), int((row + 0.5) * CELL / 4), 1).ravel().tolist() == [255] * 3
+    )
 
 
 def test_heatmap_tiff_stays_small_whatever_the_slide(tmp_path):

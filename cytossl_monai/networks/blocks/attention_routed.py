@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cytossl_monai.networks.blocks.attention_dense import attend
 from cytossl_monai.networks.blocks.attention_reference import salience, salient_positions
-from cytossl_monai.networks.blocks.irpe import IRPE
+from cytossl_monai.networks.blocks.irpe import IRPE, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
-__all__ = ["routed_attention", "tiles_pay"]
+__all__ = ["attend_prefix", "routed_attention", "select_salient", "sequences", "take_rows", "tiles_pay"]
 
 TILE = 8
 
@@ -52,7 +52,7 @@ def tiles_pay(layout: TokenLayout, window: int, num_salient: int) -> bool:
     return tiles * TILE**2 * ((TILE + 2 * window) ** 2 + num_salient + layout.num_prefix) < dense
 
 
-def _sequences(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def sequences(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Rows of each image's tokens (B, L), padded with row 0, and which of them are real."""
     if layout.counts is None:
         length = layout.num_prefix + layout.num_patches
@@ -91,7 +91,7 @@ def _make_tiles(layout: TokenLayout, window: int, device: torch.device) -> _Tile
         queries, halo, tile_image = queries[used], halo[used], tile_image[used]
         query_row, query_col = query_row[used], query_col[used]
 
-    sequence_rows, sequence_mask = _sequences(layout, device)
+    sequence_rows, sequence_mask = sequences(layout, device)
     total = int(layout.offsets()[-1]) if layout.counts is not None else sequence_rows.numel()
     flat = queries.reshape(-1)
     place_of_row = torch.zeros(total + 1, dtype=torch.long, device=device)
@@ -145,21 +145,9 @@ def routed_attention(
     tiles: _Tiles = layout.remember(("tiles", window), lambda: _make_tiles(layout, window, device))
     heads, width = query.shape[1:]
 
-    def take(source: Tensor, rows: Tensor) -> Tensor:
-        """Rows (A, n) of (R, h, d) as (A, h, n, d); a missing row reads row 0, which the mask then closes."""
-        picked = source.index_select(0, rows.clamp_min(0).reshape(-1))
-        return picked.view(*rows.shape, heads, width).transpose(1, 2)
-
-    sequence_mask = tiles.sequence_mask
-    sequence_key = take(key, tiles.sequence_rows)
-    if layout.has_class_token or sequence_mask is None:
-        asked = take(query, tiles.sequence_rows[:, :1]) if layout.has_class_token else take(query, tiles.sequence_rows)
-    else:
-        asked = take(query, tiles.sequence_rows)
-    score = salience(asked * width**-0.5, sequence_key, prefix, layout.has_class_token, sequence_mask)
-    chosen = salient_positions(score, num_salient)  # (B, m) among the patches
-    salient_rows = tiles.sequence_rows.gather(1, chosen + prefix)
-    salient_real = score.gather(1, chosen) > float("-inf")
+    salient_rows, salient_real = select_salient(
+        query, key, layout, tiles.sequence_rows, tiles.sequence_mask, num_salient
+    )
 
     # Keys of a tile: halo, prefix tokens, salient patches. A salient patch in a query's window counts once.
     extra_rows = torch.cat([tiles.sequence_rows[:, :prefix], salient_rows], dim=1)[tiles.image]
@@ -179,31 +167,92 @@ def routed_attention(
     key_rows = torch.cat([tiles.halo_rows, extra_rows], dim=1)
     tables = None if irpe is None else irpe.tables()
     blocks, _ = attend(
-        take(query, tiles.query_rows), take(key, key_rows), take(value, key_rows), ids, tables, mask, dropout=dropout
+        take_rows(query, tiles.query_rows),
+        take_rows(key, key_rows),
+        take_rows(value, key_rows),
+        ids,
+        tables,
+        mask,
+        dropout=dropout,
     )
     patches = blocks.transpose(1, 2).reshape(-1, heads, width).index_select(0, tiles.place)
     output = torch.zeros_like(query).index_copy(0, tiles.patch_rows, patches)
     if prefix == 0:
         return output
+    return attend_prefix(
+        output, query, key, value, layout, irpe, tables, tiles.sequence_rows, tiles.sequence_mask, dropout
+    )
 
-    # Prefix tokens see the whole image.
-    class_ids: Tensor | None = None
+
+def take_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """Rows (A, n) of (R, h, d) as (A, h, n, d); a missing row (-1) reads row 0, which a mask must then close."""
+    picked = source.index_select(0, rows.clamp_min(0).reshape(-1))
+    return picked.view(*rows.shape, *source.shape[1:]).transpose(1, 2)
+
+
+def select_salient(
+    query: Tensor,
+    key: Tensor,
+    layout: TokenLayout,
+    sequence_rows: Tensor,
+    sequence_mask: Tensor | None,
+    num_salient: int,
+) -> tuple[Tensor, Tensor]:
+    """The patches that all patches of their image see.
+
+    Args:
+        query: (R, h, d), not scaled.
+        key: (R, h, d).
+        layout: places of the tokens.
+        sequence_rows: (B, L) rows of each image's tokens.
+        sequence_mask: (B, L) bool of the real ones, or None.
+        num_salient: m.
+
+    Returns:
+        rows (B, m), and (B, m) bool: False where an image has fewer patches than m.
+    """
+    asked = sequence_rows[:, :1] if layout.has_class_token else sequence_rows
+    score = salience(
+        take_rows(query.detach(), asked) * query.shape[-1] ** -0.5,
+        take_rows(key.detach(), sequence_rows),
+        layout.num_prefix,
+        layout.has_class_token,
+        sequence_mask,
+    )
+    chosen = salient_positions(score, num_salient)
+    return sequence_rows.gather(1, chosen + layout.num_prefix), score.gather(1, chosen) > float("-inf")
+
+
+def attend_prefix(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    irpe: IRPE | None,
+    tables: RPETables | None,
+    sequence_rows: Tensor,
+    sequence_mask: Tensor | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Prefix tokens see their whole image: ``output`` (R, h, d) with their rows filled in."""
+    prefix, ids = layout.num_prefix, None
     if irpe is not None:
-        own = irpe.prefix_buckets(prefix, device)
-        others = own.new_full((prefix, sequence_key.shape[2] - prefix), 0) + own.unsqueeze(1)
-        class_ids = torch.cat([torch.minimum(own.unsqueeze(0), own.unsqueeze(1)), others], dim=1)
-    prefix_mask = None if sequence_mask is None else sequence_mask[:, None, None, :]
-    prefix_rows = tiles.sequence_rows[:, :prefix]
-    prefix_out, _ = attend(
-        take(query, prefix_rows),
-        sequence_key,
-        take(value, tiles.sequence_rows),
-        class_ids,
+        own = irpe.prefix_buckets(prefix, query.device)
+        others = own.unsqueeze(1).expand(prefix, sequence_rows.shape[1] - prefix)
+        ids = torch.cat([torch.minimum(own.unsqueeze(0), own.unsqueeze(1)), others], dim=1)
+    mask = None if sequence_mask is None else sequence_mask[:, None, None, :]
+    rows = sequence_rows[:, :prefix]
+    seen, _ = attend(
+        take_rows(query, rows),
+        take_rows(key, sequence_rows),
+        take_rows(value, sequence_rows),
+        ids,
         tables,
-        prefix_mask,
+        mask,
         dropout=dropout,
     )
-    return output.index_copy(0, prefix_rows.reshape(-1), prefix_out.transpose(1, 2).reshape(-1, heads, width))
+    return output.index_copy(0, rows.reshape(-1), seen.transpose(1, 2).reshape(-1, *query.shape[1:]))
 
 
 def _halo_ids(irpe: IRPE, window: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cytossl_monai.networks.blocks.attention_dense import attend
+from cytossl_monai.networks.blocks.attention_flex import flex_pays, flex_routed_attention
 from cytossl_monai.networks.blocks.attention_reference import (
     attention_mask,
     num_kept,
@@ -168,7 +169,10 @@ class SparseAttention(nn.Module):
     def _routed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
         """(R, 3, h, d) -> (R, C)."""
         query, key, value = qkv.unbind(1)
-        out = routed_attention(query, key, value, layout, self.irpe, self.window, self.num_salient, self._dropout())
+        if flex_pays(query, self.irpe, self._dropout()):
+            out = flex_routed_attention(query, key, value, layout, self.irpe, self.window, self.num_salient)
+        else:
+            out = routed_attention(query, key, value, layout, self.irpe, self.window, self.num_salient, self._dropout())
         return out.flatten(1)
 
     def _packed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:

@@ -1,9 +1,11 @@
 """Time and memory of sparse relative attention against dense attention, forward and backward, in one run.
 
-    OMP_NUM_THREADS=2 python scripts/bench/attention.py [--device cuda] [--output figures.json]
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python scripts/bench/attention.py [--device cuda] [--output figures.json]
 
-Every case is one self-attention module (projections included) on the same tokens. Peak memory is measured in a process
-of its own per case: resident memory above what the process held before (CPU), or the allocator's peak (CUDA).
+Every case is one self-attention module (projections included) on the same tokens, forward and backward. Cases take
+turns, and the shortest of their times counts: what else runs on the machine only adds to it. Beside the time on the
+clock stands the processor's time, of all threads, which other programs disturb less. Peak memory is measured in a
+process of its own: resident memory above what it held before the step (CPU), or the allocator's peak (CUDA).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -92,6 +93,9 @@ CASES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+BASE = "dense, materialised iRPE"
+
+
 def _step(module: nn.Module, x: Tensor) -> None:
     module.zero_grad(set_to_none=True)
     module(x).square().mean().backward()
@@ -106,10 +110,10 @@ def _prepare(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype
     return module, torch.randn(batch, tokens + 1, WIDTH, device=device, dtype=dtype, requires_grad=True)
 
 
-def _high_water() -> float:
-    """Highest resident memory of this process so far, MiB (Linux; `ru_maxrss` would carry the parent's over)."""
+def _resident(field: str) -> float:
+    """Resident memory of this process, MiB (Linux): ``VmRSS`` now, ``VmHWM`` its highest."""
     with open("/proc/self/status", encoding="ascii") as stream:
-        line = next(line for line in stream if line.startswith("VmHWM"))
+        line = next(line for line in stream if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
@@ -117,19 +121,25 @@ def _peak(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype, r
     """Peak memory of one step, MiB."""
     module, x = _prepare(name, tokens, batch, device, dtype)
     if device == "cuda":
+        _step(module, x)  # compiled kernels and library handles are not the step's
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         _step(module, x)
         result.value = (torch.cuda.max_memory_allocated() - before) / 2**20
         return
-    before = _high_water()
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as stream:
+        stream.write("5")  # forget the peak of the preparation
+    before = _resident("VmRSS")
     _step(module, x)
-    result.value = _high_water() - before
+    result.value = _resident("VmHWM") - before
 
 
 def peak_memory(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype) -> float:
-    """Peak memory of one step above what was held before, in MiB, measured in a fresh process."""
-    context = multiprocessing.get_context("spawn")
+    """Peak memory of one step above what was held before, in MiB, measured in a process of its own.
+
+    On a CPU the process is forked, which is cheap; call it before this process has computed anything.
+    """
+    context = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
     result = context.Value("d", 0.0)
     process = context.Process(target=_peak, args=(name, tokens, batch, device, dtype, result))
     process.start()
@@ -139,42 +149,41 @@ def peak_memory(name: str, tokens: int, batch: int, device: str, dtype: torch.dt
     return float(result.value)
 
 
-def interleaved(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each step, taken in turns so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def interleaved(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Shortest seconds of each step, on the clock and of the processor, taken in turns."""
+    best = {name: (float("inf"), float("inf")) for name in steps}
     for step in steps.values():
         step()
     for _ in range(repeats):
         for name, step in steps.items():
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             step()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            taken = time.perf_counter() - wall, time.process_time() - cpu
+            best[name] = (min(best[name][0], taken[0]), min(best[name][1], taken[1]))
+    return best
 
 
-def bench_attention(tokens: int, batch: int, repeats: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def bench_attention(
+    tokens: int, batch: int, repeats: int, device: str, dtype: torch.dtype, memory: dict[str, float]
+) -> list[dict[str, Any]]:
     """All cases at one number of tokens."""
     steps = {}
     for name in CASES:
         module, x = _prepare(name, tokens, batch, device, dtype)
         steps[name] = lambda module=module, x=x: _step(module, x)
     seconds = interleaved(steps, repeats)
-    base = seconds["dense, materialised iRPE"]
+    base = seconds[BASE]
     rows = []
-    for name in CASES:
-        memory = peak_memory(name, tokens, batch, device, dtype)
-        rows.append(
-            {
-                "case": name,
-                "tokens": tokens,
-                "batch": batch,
-                "ms": 1e3 * seconds[name],
-                "speedup_over_materialised": base / seconds[name],
-                "peak_mib": memory,
-            }
-        )
+    for name, (wall, cpu) in seconds.items():
+        row = {"case": name, "tokens": tokens, "batch": batch, "ms": 1e3 * wall, "cpu_ms": 1e3 * cpu}
+        row["speedup"], row["cpu_speedup"] = base[0] / wall, base[1] / cpu
+        if name in memory:
+            row["peak_mib"], row["memory_share"] = memory[name], memory[name] / memory[BASE]
+        rows.append(row)
+        share = f"  {row['peak_mib']:6.0f} MiB {row['memory_share']:5.2f}" if name in memory else ""
         print(
-            f"{tokens:5d} {name:28s} {1e3 * seconds[name]:9.1f} ms  x{base / seconds[name]:5.2f}  {memory:8.0f} MiB",
+            f"{tokens:5d} {name:26s} {row['ms']:8.0f} ms x{row['speedup']:5.2f}   "
+            f"processor {row['cpu_ms']:8.0f} ms x{row['cpu_speedup']:5.2f}{share}",
             flush=True,
         )
     return rows
@@ -186,8 +195,8 @@ def bench_background(repeats: int, device: str, dtype: torch.dtype) -> list[dict
     network = SRTransformer(
         3, 224, 16, WIDTH, 4 * WIDTH, 12, HEADS, qkv_bias=True, rpe=RPE, sparsity="routed", class_token=True
     ).to(device, dtype)
-    images = torch.rand(16, 3, 224, 224, device=device, dtype=dtype)
-    foreground = torch.rand(16, 196, device=device) > 0.7
+    images = torch.rand(8, 3, 224, 224, device=device, dtype=dtype)
+    foreground = torch.rand(8, 196, device=device) > 0.7
 
     def step(mask: Tensor | None) -> None:
         network.zero_grad(set_to_none=True)
@@ -195,18 +204,25 @@ def bench_background(repeats: int, device: str, dtype: torch.dtype) -> list[dict
         if images.is_cuda:
             torch.cuda.synchronize()
 
-    seconds = interleaved({"all patches": lambda: step(None), "background dropped": lambda: step(foreground)}, repeats)
-    ratio = seconds["all patches"] / seconds["background dropped"]
-    print(f"encoder, 70 % blank: {seconds} -> x{ratio:.2f}", flush=True)
+    steps = {"all patches": lambda: step(None), "background dropped": lambda: step(foreground)}
+    seconds = interleaved(steps, repeats)
+    whole, less = seconds.values()
+    blank = 1 - foreground.float().mean().item()
+    print(
+        f"encoder of 12 layers, {100 * blank:.0f} % blank: x{whole[0] / less[0]:.2f} on the clock, "
+        f"x{whole[1] / less[1]:.2f} of the processor",
+        flush=True,
+    )
     return [
-        {"case": f"encoder: {name}", "tokens": 196, "batch": 16, "ms": 1e3 * value} for name, value in seconds.items()
+        {"case": f"encoder: {name}", "tokens": 196, "batch": 8, "ms": 1e3 * wall, "cpu_ms": 1e3 * cpu}
+        for name, (wall, cpu) in seconds.items()
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[196, 1024, 4096], help="square numbers")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--total-tokens", type=int, default=4096, help="batch = this / tokens (at least 1)")
@@ -216,12 +232,20 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     dtype = getattr(torch, args.dtype)
     rows: list[dict[str, Any]] = []
+    largest = max(args.tokens)
+    memory = {}
+    for name in CASES:  # before anything else is computed in this process, see peak_memory
+        memory[name] = peak_memory(name, largest, max(1, args.total_tokens // largest), args.device, dtype)
     for tokens in args.tokens:
-        rows += bench_attention(tokens, max(1, args.total_tokens // tokens), args.repeats, args.device, dtype)
-    by = {(row["case"], row["tokens"]): row["ms"] / row["batch"] for row in rows}
+        of_these = memory if tokens == largest else {}
+        batch = max(1, args.total_tokens // tokens)
+        rows += bench_attention(tokens, batch, args.repeats, args.device, dtype, of_these)
+    by = {(row["case"], row["tokens"]): row for row in rows}
     for case in CASES:
         if (case, 1024) in by and (case, 4096) in by:
-            print(f"growth per image from 1024 to 4096 tokens, {case}: x{by[case, 4096] / by[case, 1024]:.1f}")
+            small, large = by[case, 1024], by[case, 4096]
+            clock, cpu = (large[key] / large["batch"] * small["batch"] / small[key] for key in ("ms", "cpu_ms"))
+            print(f"growth per image from 1024 to 4096 tokens, {case}: x{clock:.1f}, processor x{cpu:.1f}")
     if not args.skip_background:
         rows += bench_background(args.repeats, args.device, dtype)
     if args.output:

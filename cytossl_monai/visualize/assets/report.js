@@ -144,6 +144,9 @@
     const box = canvas.parentElement.getBoundingClientRect();
     const before = width ? fitScale() : 0, fitted = !width || Math.abs(state.scale - before) < 1e-9;
     ratio = window.devicePixelRatio || 1;
+    // What was in the middle stays there: a phone is turned.
+    state.x += (width - box.width) / 2 / state.scale;
+    state.y += (height - box.height) / 2 / state.scale;
     width = box.width;
     height = box.height;
     canvas.width = Math.round(width * ratio);

@@ -71,13 +71,17 @@ class MILTrainer(SupervisedTrainer):
 
 
 class BagInferer(Inferer):
-    """Asks a ``MILClassifier`` for probabilities with their evidence (``MILPrediction``)."""
+    """Asks a ``MILClassifier`` for probabilities with their evidence (``MILPrediction``).
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> MILPrediction:
+    An exported classifier (``model.ts``) has no evidence to give: of any other network the output is taken as it is.
+    """
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> MILPrediction | Tensor:
         """Predict bags (B, N, D) with mask (B, N) as first extra argument."""
-        if not isinstance(network, MILClassifier):
-            raise ValueError(f"BagInferer takes a MILClassifier, not {type(network).__name__}")
-        return network.predict(inputs, *args, **kwargs)
+        if isinstance(network, MILClassifier):
+            return network.predict(inputs, *args, **kwargs)
+        exported: Tensor = network(inputs, *args, **kwargs)
+        return exported
 
 
 class BagMetric(Metric):

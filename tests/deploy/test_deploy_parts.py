@@ -1,0 +1,136 @@
+"""The parts of the MONAI Deploy application, without its SDK; scripts/deploy/check.sh runs them within it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ckpt_export
+
+from cytossl_monai.data.synthetic import make_slides, write_pyramid
+from cytossl_monai.deploy.dicom_report import is_dicom, report_text
+from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagOperator
+from cytossl_monai.deploy.prediction_writer import PredictionWriter
+from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
+from cytossl_monai.engines.mil_trainer import BagInferer
+from cytossl_monai.networks.mil.abmil import ABMIL
+from cytossl_monai.networks.mil.checkpoint import save_classifier
+from cytossl_monai.networks.mil.classifier import MILClassifier
+from cytossl_monai.networks.nets.encoders import Encoder, encoder_hash, save_encoder
+from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+from cytossl_monai.utils.errors import CheckpointError, TableError
+from cytossl_monai.utils.report import RunReport
+
+
+class Ports:
+    """Stands where the SDK has its input and output contexts."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def receive(self, name):
+        return self.values[name]
+
+    def emit(self, value, name):
+        self.values[name] = value
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, request):
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("deploy")
+    make_slides(root / "slides", 1, 1024, seed=5, blur=0, progress=False)
+    write_pyramid(root / "slides" / "empty.tif", np.full((1024, 1024, 3), 242, np.uint8), 0.25)
+    (root / "slides" / "torn.tif").write_bytes((root / "slides" / "slide_0000.tif").read_bytes()[:9000])
+    encoder = Encoder(sr_vit_tiny(num_layers=1)).eval()
+    save_encoder(root / "encoder.pt", encoder)
+    known = {"hash": encoder_hash(encoder), "name": "toy", "dim": encoder.embed_dim}
+    classifier = MILClassifier(ABMIL(encoder.embed_dim, 2), ["negative", "positive"], encoder=known, temperature=0.5)
+    save_classifier(root / "classifier.pt", classifier)
+    configs = request.config.rootpath / "bundles" / "cytossl_mil" / "configs"
+    ckpt_export(
+        net_id="network_def",
+        filepath=str(root / "model.ts"),
+        ckpt_file=str(root / "classifier.pt"),
+        meta_file=str(configs / "metadata.json"),
+        config_file=str(configs / "inference.json"),
+        classifier=str(root / "classifier.pt"),
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def read(folder):
+    return SlideToBag(folder / "encoder.pt", folder / "index", num_threads=1)
+
+
+def writer(folder, read, out, **more):
+    given = {"model": folder / "model.ts", "classifier": folder / "classifier.pt", "files": ["tiles"], **more}
+    return PredictionWriter(output_dir=out, encoder=read.encoder, encoder_hash=read.encoder_hash, **given)
+
+
+def test_operators_from_slides_to_files(folder, read, tmp_path):
+    """Three slides as the application sees them: one good, one empty, one torn; the torn one costs only itself."""
+    slides = find_slides(folder / "slides")
+    assert [s.slide_id for s in slides] == ["empty", "slide_0000", "torn"]
+    source = SlideToBagOperator(None, slides=slides, read=read)
+    report = RunReport("deploy", tmp_path / "report.csv")
+    sink = PredictionWriterOperator(None, write=writer(folder, read, tmp_path), report=report)
+    exported = torch.jit.load(folder / "model.ts").eval()
+    for _ in slides:
+        ports = Ports()
+        source.compute(None, ports, None)
+        bag = ports.values["image"]
+        assert bag.dtype == torch.float32
+        assert bag.shape[1] == read.encoder.embed_dim
+        probabilities = BagInferer()(bag[None], exported)[0].detach().numpy()
+        ports.emit({"result": ["negative"], "probabilities": probabilities}, "pred")
+        sink.compute(ports, None, None)
+    assert [(i.item, i.status) for i in report.items] == [
+        ("empty", "empty"),
+        ("slide_0000", "done"),
+        ("torn", "failed"),
+    ]
+    assert report.exit_code == 3
+    told = json.loads((tmp_path / "slide_0000" / "prediction.json").read_text())
+    assert told["deploy"]["probabilities"] == pytest.approx(told["probabilities"], abs=1e-4)
+    empty = json.loads((tmp_path / "empty" / "prediction.json").read_text())
+    assert (empty["label"], empty["deploy"]["probabilities"]) == (None, None)
+    assert not (tmp_path / "torn").exists()
+
+
+def test_a_report_that_does_not_explain_the_prediction_is_not_written(folder, read, tmp_path):
+    item = read(folder / "slides" / "slide_0000.tif")
+    with pytest.raises(CheckpointError, match=r"model\.ts gives .* export the model again"):
+        writer(folder, read, tmp_path)(item, np.array([0.9, 0.1]))
+    assert not (tmp_path / "slide_0000").exists()
+
+
+def test_encoder_and_classifier_must_belong_together(folder, read, tmp_path):
+    other = {"hash": "0" * 16, "name": "other", "dim": 192}
+    save_classifier(tmp_path / "c.pt", MILClassifier(ABMIL(192, 2), ["negative", "positive"], encoder=other))
+    with pytest.raises(CheckpointError, match="trained on the encoder other"):
+        writer(folder, read, tmp_path, classifier=tmp_path / "c.pt")
+
+
+def test_find_slides(folder, tmp_path):
+    with pytest.raises(TableError, match="holds no slide"):
+        find_slides(tmp_path)
+    for number in range(3):
+        (tmp_path / f"{number}.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    [one] = find_slides(tmp_path, mpp=0.5)  # a DICOM series is one slide
+    assert (one.path.name, one.mpp) == ("0.dcm", 0.5)
+    assert is_dicom(one.path)
+    assert not is_dicom(folder / "encoder.pt")
+
+
+def test_report_text_never_diagnoses_an_empty_slide():
+    facts = {"slide_id": "s", "notice": "Research use only.", "tiles": {"count": 7}}
+    found = report_text({**facts, "label": "positive", "probabilities": {"negative": 0.25, "positive": 0.75}})
+    assert found.splitlines()[1:3] == ["Prediction: positive", "Probability of negative: 0.2500"]
+    empty = report_text({**facts, "label": None, "reason": "only glass"})
+    assert "No prediction was made." in empty
+    assert "positive" not in empty
+    assert empty.endswith("Research use only.")

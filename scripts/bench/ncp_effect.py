@@ -170,7 +170,7 @@ def pretrain(tiles: Tensor, ops: str | None, steps: int, batch: int, seed: int) 
         optimiser.step()
         method.update((step + 1) / steps)
         if (step + 1) % 50 == 0:
-            print(f"  step {step + 1}: loss {float(loss):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"  step {step + 1}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
     return encoder
 
 

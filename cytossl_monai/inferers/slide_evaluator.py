@@ -20,8 +20,8 @@ from cytossl_monai.data.feature_store import read_features, write_features
 from cytossl_monai.data.slides import open_slide
 from cytossl_monai.inferers.bundle_encoder import require_trained_encoder
 from cytossl_monai.inferers.embedder import EmbedTimes, embed_tiles, feature_attributes, is_current, read_ahead
+from cytossl_monai.inferers.slide_input import failure
 from cytossl_monai.networks.nets.encoders import Encoder, encoder_hash
-from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.parallel import default_workers
 from cytossl_monai.utils.report import RunReport
 
@@ -130,8 +130,8 @@ class SlideEvaluator(Evaluator):
         item, start = dict(batchdata), time.perf_counter()
         try:
             told = self._embed(item)
-        except (InputError, OSError) as error:
-            item["problem"], told = ("failed", str(error)), None
+        except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
+            item["problem"], told = ("failed", failure(error)), None
         # The slide's own time: while it waits for its turn, others are worked on.
         seconds = item.get("index_seconds", 0.0) + time.perf_counter() - start
         if told is not None:
@@ -184,7 +184,7 @@ class SlideEvaluator(Evaluator):
         try:
             if self.postprocess is not None:
                 message = str(self.postprocess(item).get("message", ""))
-        except (InputError, OSError) as error:
-            item["problem"] = ("failed", str(error))
+        except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
+            item["problem"] = ("failed", failure(error))
         status, why = item.get("problem", ("done", message))
         self.report.add(item["slide_id"], status, why, seconds + time.perf_counter() - start)

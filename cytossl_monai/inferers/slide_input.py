@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -22,7 +23,9 @@ from cytossl_monai.utils.errors import InputError, TableError
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import WorkerDiedError, default_workers, run_parallel
 
-__all__ = ["SUFFIXES", "IndexSlided", "slide_items", "slide_records"]
+__all__ = ["SUFFIXES", "IndexSlided", "failure", "slide_items", "slide_records"]
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".dcm", ".png", ".jpg")
 """What counts as a slide where a folder is given; anything that opens is taken where a path is given."""
@@ -87,6 +90,14 @@ def slide_items(
     ]
 
 
+def failure(error: Exception) -> str:
+    """What a report says of an error: the sentence where the input is wrong, else the error's kind too, and a log."""
+    if isinstance(error, (InputError, OSError, WorkerDiedError)):
+        return str(error)
+    logger.error("unexpected error", exc_info=error)
+    return f"{type(error).__name__}: {error}; this is a fault of the program, the log has its traceback"
+
+
 class IndexSlided(Transform):
     """Give a slide's item its tiles, from the index that is there already or from a new one.
 
@@ -145,8 +156,8 @@ class IndexSlided(Transform):
             item["index_path"] = str(path)
         except EmptySlideError as error:
             item["problem"] = ("empty", str(error))
-        except (InputError, OSError, WorkerDiedError) as error:
-            item["problem"] = ("failed", str(error))
+        except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
+            item["problem"] = ("failed", failure(error))
         item["index_seconds"] = time.perf_counter() - start
         return item
 

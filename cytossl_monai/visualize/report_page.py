@@ -208,7 +208,7 @@ def _gallery(report: SlideReport) -> str:
             f'<svg viewBox="0 0 {pixels} {pixels}" aria-hidden="true"><path d="{_path(tile)}"/></svg>'
             f'<span class="rank">{rank}</span></button>'
             f'<figcaption class="number">suspicion <b>{tile.score:.2f}</b><br><span class="soft">'
-            f"attention {tile.attention:.1f}x &middot; {nucleus}</span></figcaption></figure>"
+            f"attention {tile.attention:.1f}x<br>{nucleus}</span></figcaption></figure>"
         )
     side = report.tiles[0].size * report.told["slide"]["mpp"] if report.tiles else 0
     return (

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pandas as pd
@@ -319,3 +320,32 @@ def test_folds_are_averaged(cohort, inferred, tmp_path):
     assert told["suspicion"] == pytest.approx(np.mean(alone))
     assert told["suspicion_spread"] == pytest.approx(np.std(alone))
     assert "3 folds of ABMIL" in (tmp_path / "all" / "slide_0001" / "report.html").read_text()
+
+
+def test_an_unforeseen_error_costs_only_its_slide(cohort, tmp_path, monkeypatch, caplog):
+    real = evidence.draw_overlay
+
+    def faulty(path, *arguments):
+        if "slide_0000" in str(path):
+            raise ZeroDivisionError("who would have thought")
+        return real(path, *arguments)
+
+    monkeypatch.setattr(evidence, "draw_overlay", faulty)
+    status, report = run_inference(cohort, tmp_path, evidence=["overlay"])
+    assert status == EXIT_PARTIAL
+    assert report["slide_0000"].message.startswith("ZeroDivisionError: who would have thought")
+    assert report["slide_0001"].status == "done"
+    assert "Traceback" in caplog.text
+
+
+def test_the_last_line_is_the_sentence(cohort, tmp_path, capsys, monkeypatch):
+    """What a person sees of a run that MONAI's configuration wraps in errors of its own."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(RuntimeError) as told:
+        run_inference(cohort, tmp_path, encoder=str(tmp_path / "none.pt"))
+    sys.excepthook(told.type, told.value, told.tb)
+    first = capsys.readouterr().err.strip().splitlines()[0]
+    assert first.startswith(f"error: encoder {tmp_path / 'none.pt'} does not exist")
+    monkeypatch.setenv("CYTOSSL_TRACEBACK", "1")
+    sys.excepthook(told.type, told.value, told.tb)
+    assert "Traceback" in capsys.readouterr().err

@@ -222,6 +222,7 @@ def bench_background(repeats: int, device: str, dtype: torch.dtype) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[196, 1024, 4096], help="square numbers")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help=f"beside {BASE!r}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -231,6 +232,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     dtype = getattr(torch, args.dtype)
+    for name in set(CASES) - {BASE, *args.cases}:
+        del CASES[name]
     rows: list[dict[str, Any]] = []
     largest = max(args.tokens)
     memory = {}

@@ -27,7 +27,7 @@ def laid_over(repo_root: Path, name: str, **changes: object) -> ConfigParser:
 
 
 def test_every_overlay_is_tested(repo_root: Path) -> None:
-    assert {path.stem for path in (repo_root / "configs" / "backbone").glob("*.yaml")} == set(WIDTHS)
+    assert {path.stem for path in (repo_root / "configs" / "backbone").glob("*.yaml")} == {*WIDTHS, "published_vit"}
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -73,13 +73,25 @@ def test_the_keys_reach_the_network(repo_root: Path) -> None:
     assert network.drop_background == changes["drop_background"]
 
 
-@pytest.mark.parametrize("name", WIDTHS)
+def test_a_published_vit_is_taken_from_a_file(repo_root: Path, tmp_path: Path) -> None:
+    settings = {"img_size": 64, "patch_size": 8, "hidden_size": 64, "mlp_dim": 64, "num_layers": 2, "num_heads": 1}
+    vit = SRTransformer(3, **settings, class_token=True, norm_eps=1e-6).eval()
+    torch.save({"teacher": vit.state_dict()}, tmp_path / "vit.pth")
+    weights = str(tmp_path / "vit.pth")
+    network = laid_over(repo_root, "published_vit", vit_weights=weights).get_parsed_content("backbone")
+    assert {block.attn.sparsity for block in network.blocks} == {"routed"}
+    dense = laid_over(repo_root, "published_vit", vit_weights=weights, sparsity="none").get_parsed_content("backbone")
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(dense.eval()(images)[0], vit(images)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*WIDTHS, "published_vit"])
 def test_every_key_is_used_and_alternatives_are_keys(name: str, repo_root: Path) -> None:
     text = (repo_root / "configs" / "backbone" / f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     used = {value[1:] for value in content["backbone"].values() if isinstance(value, str) and value.startswith("@")}
-    # freeze_patches is MoCo v3's own key, which a ResNet must switch off.
-    assert set(content) - {"backbone", "freeze_patches"} <= used
+    # freeze_patches is MoCo v3's own key, which a ResNet must switch off; the last three are the bundle's.
+    assert set(content) - {"backbone", "freeze_patches", "layer_decay", "base_lr", "warmup_epochs"} <= used
     for line in re.findall(r"^# (?:patch8|glass): (.+)$", text, re.MULTILINE):
         assert set(yaml.safe_load(line)) <= set(content)
 

@@ -71,7 +71,7 @@ class BestClassifier:
         engine.add_event_handler(Events.TERMINATE, self._finish)
 
     def _keep_loss(self, engine: Engine) -> None:
-        loss = float(engine.state.output["loss"])
+        loss = float(engine.state.output["loss"].detach())
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss is {loss} in epoch {engine.state.epoch}: lower the learning rate or look at the features"

@@ -14,7 +14,7 @@ import torch
 
 from cytossl_monai.networks.mil.checkpoint import load_classifier, require_trained
 from cytossl_monai.networks.mil.classifier import MILClassifier
-from cytossl_monai.networks.mil.targets import class_probabilities
+from cytossl_monai.networks.mil.targets import class_probabilities, decide
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
 from cytossl_monai.utils.files import sha256_file
 from cytossl_monai.visualize.heatmap import display_scale
@@ -32,7 +32,8 @@ class SlidePrediction:
     """What the classifier says about a slide.
 
     Args:
-        label: the most probable class; for findings (``multilabel``) those above one half, joined by "+", or "none".
+        label: the most probable class, for grades (``ordinal``) the median one; for findings (``multilabel``) those
+            above one half, joined by "+", or "none".
         probabilities: calibrated probability of each class.
         suspicion: in [0, 1], one minus the probability of the negative class; for findings the largest probability.
         attention: (N,) float32, sums to one; equal shares where the method has no attention.
@@ -191,4 +192,5 @@ class SlideClassifier:
         if self.target == "multilabel":
             found = [name for name, p in zip(self.classes, probabilities) if p >= 0.5]
             return "+".join(found) or "none"
-        return self.classes[int(probabilities.argmax())]
+        # As everywhere else: the most probable class, the median grade of an ordinal target.
+        return self.classes[int(decide(torch.from_numpy(probabilities)[None], self.target)[0])]

@@ -188,6 +188,52 @@ def test_cross_validation_bad_input(trained, configs, tmp_path):
         cross_validate(*common, n_folds=2)
 
 
+def test_ordinal_slides_get_the_median_grade(tmp_path):
+    """Of 0.4, 0.25 and 0.35 the first is the most probable, the second the one in the middle."""
+    from cytossl_monai.inferers.slide_classifier import SlideClassifier
+    from cytossl_monai.networks.mil.checkpoint import save_classifier
+    from cytossl_monai.networks.mil.classifier import MILClassifier
+    from cytossl_monai.networks.mil.ensemble import average_probabilities
+    from cytossl_monai.networks.mil.pooling import MeanMIL
+
+    network = MeanMIL(4, 2, embed_dim=0)
+    torch.nn.init.zeros_(network.classifier.weight)
+    wanted = torch.tensor([[0.4, 0.25, 0.35]])
+    network.classifier.bias.data = average_probabilities(wanted, "ordinal")[0]
+    save_classifier(tmp_path / "m.pt", MILClassifier(network, ["low", "mid", "high"], "ordinal"))
+    told = SlideClassifier(tmp_path / "m.pt").predict(np.ones((3, 4), "f4"), None, "slide")
+    np.testing.assert_allclose(list(told.probabilities.values()), wanted[0], atol=1e-5)
+    assert told.label == "mid"
+
+
+def test_study_gain_is_the_difference_of_aucs(tmp_path, repo_root):
+    import importlib.util
+    from types import SimpleNamespace
+
+    from sklearn.metrics import roc_auc_score
+
+    spec = importlib.util.spec_from_file_location("mil_study", repo_root / "scripts" / "study" / "mil.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    rng = np.random.default_rng(0)
+    labels, names = np.arange(40) % 2, [f"s{i}" for i in range(40)]
+    lines = [f"{name},{name}.svs,{label},p{i // 4}" for i, (name, label) in enumerate(zip(names, labels))]
+    (tmp_path / "slides.csv").write_text("slide_id,path,label,patient_id\n" + "\n".join(lines) + "\n")
+    scores = {key: labels + noise * rng.standard_normal(40) for key, noise in (("good", 0.3), ("poor", 3.0))}
+    one, other = (
+        SimpleNamespace(slides=names, labels=labels, probabilities=np.stack([-s, s], 1)) for s in scores.values()
+    )
+    order = rng.permutation(40)
+    other = SimpleNamespace(
+        slides=[names[i] for i in order], labels=labels[order], probabilities=other.probabilities[order]
+    )
+    gain = study.auc_gain(one, other, tmp_path / "slides.csv", 200)
+    assert gain.value == pytest.approx(roc_auc_score(labels, scores["good"]) - roc_auc_score(labels, scores["poor"]))
+    assert gain.low < gain.value < gain.high
+    itself = study.auc_gain(one, one, tmp_path / "slides.csv", 50)
+    assert (itself.low, itself.value, itself.high) == (0.0, 0.0, 0.0)
+
+
 def test_few_shot_draws_are_nested_and_apart():
     labels, patients = np.arange(30) % 2, [f"p{i // 2}" for i in range(30)]
     two, test2 = draw_shots(labels, patients, 2, 5)

@@ -92,12 +92,16 @@ def test_paths_equal_reference(sparsity: str, rpe: object, prefix: int, masked: 
 def test_bfloat16(sparsity: str) -> None:
     """In bf16 every path stays within bf16's rounding of the float32 reference on the same weights."""
     module = make(sparsity, {"mode": "contextual"}, 1, torch.bfloat16, keep_ratio=1.0)
-    x = torch.randn(2, 55, HEADS * WIDTH, dtype=torch.bfloat16)
+    x = torch.randn(2, 55, HEADS * WIDTH, dtype=torch.bfloat16, requires_grad=True)
     layout = TokenLayout(2, (9, 6), 1)
     got = module(x, layout)
     assert got.dtype == torch.bfloat16
     wanted = by_reference(module, x, layout)  # the same choice of salient patches: the same bf16 products
     assert (got - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+    weight = torch.randn(2, 55, HEADS * WIDTH)
+    for a, b in zip(gradients(got, module, x, weight), gradients(wanted, module, x, weight)):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).abs().mean() < 0.03 * b.abs().mean()
 
 
 @pytest.mark.usefixtures("tiles_everywhere")

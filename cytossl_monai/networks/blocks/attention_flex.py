@@ -165,14 +165,15 @@ def make_mods(
     reach, shared = irpe.reach, irpe.config.shared_heads
     side, bucket_of_offset = 2 * reach + 1, irpe.bucket_of_offset.flatten().int()
     scale = query.shape[-1] ** -0.5
-    bias = tables.bias
+    # In float32: their gradients are gathered from many pairs at once by atomic sums, which bfloat16 may not have.
+    bias = None if tables.bias is None else tables.bias.float()
     by_query, by_key = None, None
     if tables.key is not None:
         scaled = (query * scale).index_select(0, plan.patch_rows).transpose(0, 1)
-        by_query = (scaled @ tables.key.to(query.dtype).transpose(-2, -1)).contiguous()  # (h, n, buckets)
+        by_query = (scaled @ tables.key.to(query.dtype).transpose(-2, -1)).float().contiguous()  # (h, n, buckets)
     if tables.query is not None:
         scaled = (key * scale).index_select(0, key_rows).transpose(0, 1)
-        by_key = (scaled @ tables.query.to(key.dtype).transpose(-2, -1)).contiguous()  # (h, K, buckets)
+        by_key = (scaled @ tables.query.to(key.dtype).transpose(-2, -1)).float().contiguous()  # (h, K, buckets)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         dy = (row[q] - row[k]).clamp(-reach, reach) + reach

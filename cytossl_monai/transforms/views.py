@@ -12,7 +12,7 @@ from cytossl_monai.transforms.functional import blur, jitter_stain
 from cytossl_monai.transforms.ncp_checks import check_images, check_masks, check_mpp
 from cytossl_monai.transforms.ncp_random import draw_seeds, hash_uniform
 from cytossl_monai.transforms.perturbation import BatchedNCP
-from cytossl_monai.transforms.views_geometry import cut_views, draw_boxes
+from cytossl_monai.transforms.views_geometry import CropBoxes, cut_views, draw_boxes
 
 __all__ = ["ViewGenerator"]
 
@@ -62,6 +62,8 @@ class ViewGenerator(nn.Module):
         ncp_views: which views are perturbed: ``"all"``, ``"global"``, ``"local"``, or indices, the global views first.
             The default leaves the first global view as it is: the two then agree in nuclei alone.
         nucleus_prob: part of the local crops that are centred on a nucleus, where the tile has one.
+        same_nucleus_prob: part of the tiles whose global views are all centred on one and the same nucleus, so that
+            they show the same cell. Cells lie scattered: crops of a tile cut anywhere often share none.
         segmenter: ``(images, mpp) -> (B, 1, H, W) bool``, asked where no masks are given; None is
             :func:`cytossl_monai.transforms.nuclei_mask.nuclei_mask`.
         find_nuclei: False never asks the segmenter: without masks from the caller no view is perturbed or centred.
@@ -92,6 +94,7 @@ class ViewGenerator(nn.Module):
         ncp: BatchedNCP | None = None,
         ncp_views: str | Sequence[int] = (1,),
         nucleus_prob: float = 0.5,
+        same_nucleus_prob: float = 0.0,
         segmenter: Callable[[Tensor, Tensor], Tensor] | None = None,
         find_nuclei: bool = True,
         flip: bool = True,
@@ -124,6 +127,7 @@ class ViewGenerator(nn.Module):
         self.ncp = ncp
         self.ncp_views = self._chosen_views(ncp_views)
         self.nucleus_prob = _part("nucleus_prob", nucleus_prob)
+        self.same_nucleus_prob = _part("same_nucleus_prob", same_nucleus_prob)
         self.segmenter = segmenter or _default_segmenter
         self.find_nuclei = find_nuclei
         self.flip, self.turn = flip, turn
@@ -190,10 +194,15 @@ class ViewGenerator(nn.Module):
         batch, height, width = len(tiles), tiles.shape[-2], tiles.shape[-1]
 
         device = "cpu" if generator is None else generator.device
-        boxes = []
+        boxes: list[CropBoxes] = []
+        anchor: Tensor | None = None
         for index in range(len(self.sizes)):
             drawn = torch.rand(batch, 10, generator=generator, dtype=torch.float64, device=device).cpu()
             is_global = index < self.n_global
+            if is_global and self.same_nucleus_prob > 0:
+                # Whether to centre, and on which nucleus, is drawn once for all global views.
+                anchor = drawn[:, 4:8].clone() if anchor is None else anchor
+                drawn[:, 4:8] = anchor
             boxes.append(
                 draw_boxes(
                     drawn,
@@ -204,7 +213,7 @@ class ViewGenerator(nn.Module):
                     self.flip,
                     self.turn,
                     masks,
-                    0.0 if is_global else self.nucleus_prob,
+                    self.same_nucleus_prob if is_global else self.nucleus_prob,
                 )
             )
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}

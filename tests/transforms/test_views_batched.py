@@ -75,6 +75,21 @@ def test_centred_local_views_show_nuclei() -> None:
     assert all((view.amin((1, 2, 3)) < 0.5).all() for view in views)
 
 
+@pytest.mark.parametrize(("prob", "same"), [(1.0, 1.0), (0.0, None)])
+def test_global_views_meet_at_one_nucleus(prob: float, same: float | None) -> None:
+    # Nine nuclei of nine colours far from the border: the colour at a view's middle tells which one it was cut around.
+    tile, mask = torch.full((3, 192, 192), 230, dtype=torch.uint8), torch.zeros(1, 192, 192, dtype=torch.bool)
+    for number in range(9):
+        y, x = 40 + 48 * (number // 3), 40 + 48 * (number % 3)
+        tile[:, y : y + 16, x : x + 16], mask[:, y : y + 16, x : x + 16] = 12 * number, True
+    views = plain(n_local=0, same_nucleus_prob=prob, global_scale=(0.05, 0.15))
+    first, second = views(tile.expand(64, -1, -1, -1), 0.5, mask.expand(64, -1, -1, -1))["global"]
+    middle = [view[:, 0, 14:18, 14:18].amin((1, 2)) for view in (first, second)]
+    agree = ((middle[0] - middle[1]).abs() < 6 / 255).float().mean()
+    assert (agree == same) if same is not None else (agree < 0.7)
+    assert len(middle[0].mul(255 / 12).round().unique()) > 5, "it is always the same nucleus"
+
+
 def test_drop_empty_leaves_tiles_out_of_all_views() -> None:
     tiles, masks = nucleus_tiles()
     masks[1] = False

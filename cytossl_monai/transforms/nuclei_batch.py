@@ -20,9 +20,22 @@ _IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
 _IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 
 
+_NOISE_ROWS = 4  # noise is measured on every fourth row of tiles that have enough of them
+
+
 @dataclass
 class _Level:
-    labels: torch.Tensor
+    """Regions of one level.
+
+    Attributes:
+        pixels: (P,) int64, positions in the flattened stack of the pixels of regions that can be a nucleus.
+        owner: (P,) int64, the region of each.
+        likeness: (n + 1,) float32, of each region; 0 stands for none.
+        parent: (n + 1,) int64, the region one level below in which each lies; 0 for what is too large for a nucleus.
+    """
+
+    pixels: torch.Tensor
+    owner: torch.Tensor
     likeness: torch.Tensor
     parent: torch.Tensor
 
@@ -45,11 +58,11 @@ def label_planes(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
             and along the pointers that they are, until nothing changes (about ten rounds for a tile).
 
     Returns:
-        int64 (B, H, W), 0 outside, 1..n inside; and n.
+        int32 (on a CPU) or int64 (B, H, W), 0 outside, 1..n inside; and n.
     """
     if mask.device.type == "cpu":
         labels, count = ndimage.label(mask.numpy(), structure=_IN_PLANE)
-        return torch.from_numpy(labels).long(), int(count)
+        return torch.from_numpy(labels), int(count)
     return _label_by_spreading(mask)
 
 
@@ -72,10 +85,13 @@ def _label_by_spreading(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def noise_levels(density: torch.Tensor) -> torch.Tensor:
     """Robust standard deviation of the noise of every plane, float32 (B,); see ``nuclei_regions.noise_level``."""
+    height = density.shape[-2]
     if min(density.shape[-2:]) < 3:
         return density.new_zeros(density.shape[0])
-    mixed = density[..., :-2] - 2 * density[..., 1:-1] + density[..., 2:]
-    mixed = mixed[:, :-2] - 2 * mixed[:, 1:-1] + mixed[:, 2:]
+    stride = _NOISE_ROWS if height >= 16 * _NOISE_ROWS else 1
+    above, middle, below = (density[:, start : height - 2 + start : stride] for start in range(3))
+    mixed = above - 2 * middle + below
+    mixed = mixed[..., :-2] - 2 * mixed[..., 1:-1] + mixed[..., 2:]
     return mixed.abs().flatten(1).median(dim=1).values / (6 * 0.6745)
 
 
@@ -117,22 +133,26 @@ def pick_regions(
         torch.minimum(low[:, :-2, 1:-1], low[:, 2:, 1:-1]), torch.minimum(low[:, 1:-1, :-2], low[:, 1:-1, 2:])
     )
     largest = torch.pi * (rules.max_diameter / mpp / 2) ** 2
+    flat_density, flat_eroded, flat_step = density.flatten(), eroded.flatten(), step.flatten()
     tree: list[_Level] = []
     previous: torch.Tensor | None = None
+    inside = (density > levels[0][:, None, None]).flatten().nonzero().flatten()
+    home = torch.div(inside, height * width, rounding_mode="floor")
     for level in levels:
-        cut = level[:, None, None]
-        labels, count = label_planes(density > cut)
+        labels, count = label_planes(density > level[:, None, None])
         if count == 0:
             break
+        # Levels nest: what was below an earlier one need not be looked at again.
+        above = flat_density[inside] > level[home]
+        inside, home = inside[above], home[above]
         flat = labels.flatten()
+        owner = flat[inside].long()
         n = count + 1
-        area = torch.bincount(flat, minlength=n)
+        area = torch.bincount(owner, minlength=n)
         # What is too large is no nucleus, and nothing below it in the tree is: its pixels need no further look.
         candidate = area <= largest
-        candidate[0] = False
-        pixels = candidate[flat].nonzero().flatten()
-        owner = flat[pixels]
-        plane = torch.div(pixels, height * width, rounding_mode="floor")
+        small = candidate[owner]
+        pixels, owner, plane = inside[small], owner[small], home[small]
         r = torch.div(pixels, width, rounding_mode="floor").remainder(height).double()
         c = pixels.remainder(width).double()
         sum_r, sum_c, sum_rr, sum_cc, sum_rc = _grouped(owner, n, r, c, r * r, c * c, r * c)
@@ -140,10 +160,10 @@ def pick_regions(
         var_r, var_c = sum_rr / area - mean_r**2 + 1 / 12, sum_cc / area - mean_c**2 + 1 / 12
         root = (((var_r - var_c) / 2) ** 2 + (sum_rc / area - mean_r * mean_c) ** 2).sqrt()
         major, minor = (var_r + var_c) / 2 + root, ((var_r + var_c) / 2 - root).clamp_min(1e-9)
-        rim = pixels[(eroded <= cut).flatten()[pixels]]
-        rim_step = step.flatten()[rim].double()
+        at_rim = flat_eroded[pixels] <= level[plane]
+        rim_step = flat_step[pixels[at_rim]].double()
         length, contrast, support = _grouped(
-            flat[rim], n, torch.ones_like(rim_step), rim_step, (rim_step >= 0.5 * rules.min_contrast).double()
+            owner[at_rim], n, torch.ones_like(rim_step), rim_step, (rim_step >= 0.5 * rules.min_contrast).double()
         )
         contrast, support = contrast / length.clamp_min(1), support / length.clamp_min(1)
         diameter = 2 * (area / torch.pi).sqrt() * mpp
@@ -154,21 +174,23 @@ def pick_regions(
         roundness = area / (4 * torch.pi * (major * minor).sqrt())
         likeness = contrast * support * size.clamp(0, 1) * (roundness / 0.97) ** rules.roundness_power
         likeness = likeness * (rules.elongation_free * (minor / major).sqrt()).clamp_max(1) ** 2
-        home = torch.zeros(n, dtype=torch.long, device=density.device)
-        home[owner] = plane
-        fit = (likeness >= rules.min_likeness) & (contrast >= floor[home])
+        plane_of = torch.zeros(n, dtype=torch.long, device=density.device)
+        plane_of[owner] = plane
+        fit = (likeness >= rules.min_likeness) & (contrast >= floor[plane_of])
         fit &= candidate
-        first = torch.zeros(n, dtype=torch.long, device=density.device)
-        first[owner] = pixels
-        parent = torch.zeros_like(first) if previous is None else previous[first]
-        tree.append(_Level(labels, torch.where(fit, likeness, 0.0).float(), parent))
+        fit[0] = False
+        parent = torch.zeros(n, dtype=torch.long, device=density.device)
+        if previous is not None:
+            parent[owner] = previous[pixels].long()  # the same for all pixels of a region
+        tree.append(_Level(pixels, owner, torch.where(fit, likeness, 0.0).float(), parent))
         previous = flat
     return _best_cut(tree, levels, density)
 
 
 def _best_cut(tree: list[_Level], levels: torch.Tensor, density: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``nuclei_regions._best_cut``: a region stays unless those inside it are better on the average."""
-    bar = torch.full_like(density, float("inf"))
+    bar = torch.full_like(density, float("inf")).flatten()
+    plane_size = density.shape[-2] * density.shape[-1]
     taken: list[torch.Tensor] = [bar] * len(tree)
     inherited = parent = bar
     for index in range(len(tree) - 1, -1, -1):
@@ -187,6 +209,7 @@ def _best_cut(tree: list[_Level], levels: torch.Tensor, density: torch.Tensor) -
         inside = covered[level.parent] if index else torch.zeros_like(taken[0])
         chosen = taken[index] & ~inside
         covered = inside | chosen
-        where = chosen[level.labels]
-        bar = torch.where(where, levels[index][:, None, None], bar)
+        picked = level.pixels[chosen[level.owner]]
+        bar[picked] = levels[index][torch.div(picked, plane_size, rounding_mode="floor")]
+    bar = bar.view_as(density)
     return bar.isfinite(), bar

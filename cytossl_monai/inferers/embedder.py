@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import queue
 import threading
@@ -30,7 +31,17 @@ from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers
 from cytossl_monai.utils.report import RunReport
 
-__all__ = ["EmbedTimes", "FeatureEmbedder", "embed_slides", "embed_tiles", "index_hash", "read_ahead"]
+__all__ = [
+    "EmbedTimes",
+    "FeatureEmbedder",
+    "embed_slides",
+    "embed_tiles",
+    "index_hash",
+    "read_ahead",
+    "warn_of_tile_size",
+]
+
+logger = logging.getLogger(__name__)
 
 _AHEAD = 3
 """Batches that the reader may be ahead of the encoder: bounds the memory whatever the slide's size."""
@@ -98,6 +109,30 @@ def read_ahead(read: Callable[[int], Any], count: int, ahead: int = _AHEAD) -> I
     finally:
         stop.set()
         thread.join()
+
+
+def warn_of_tile_size(encoder: nn.Module, tile_size: int) -> bool:
+    """Log a warning where tiles are of another size than the images that the encoder was trained on.
+
+    A transformer takes them, by interpolating its positions, but its features are then not those that it learned.
+
+    Returns:
+        whether it warned.
+    """
+    config = getattr(getattr(encoder, "network", None), "config", None) or {}
+    trained = config.get("img_size")
+    sides = {int(side) for side in (trained if isinstance(trained, (list, tuple)) else [trained]) if side}
+    if not sides or sides == {tile_size}:
+        return False
+    told = " x ".join(str(side) for side in sorted(sides))
+    logger.warning(
+        "the encoder was trained on images of %s px, the tiles have %d px: index with --tile_size %s for the features "
+        "that it learned",
+        told,
+        tile_size,
+        max(sides),
+    )
+    return True
 
 
 @torch.inference_mode()
@@ -248,11 +283,13 @@ def embed_slides(
     num_threads = default_workers() if num_threads is None else num_threads
     encoder = encoder.to(device).eval()
     encoder_id = encoder_hash(encoder)
+    warned = False
     for record in tqdm(records, desc="embed", unit="slide", disable=not progress or len(records) < 2):
         start = time.perf_counter()
         path = folder / f"{record.slide_id}.h5"
         try:
             index = _index_of(record, index_folder)
+            warned = warned or warn_of_tile_size(encoder, index.tile_size)
             if is_current(path, record.path, index, encoder_id, dtype):
                 report.add(record.slide_id, "current", f"{len(index)} tiles", time.perf_counter() - start)
                 continue

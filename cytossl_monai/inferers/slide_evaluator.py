@@ -19,7 +19,14 @@ from torch.utils.data import Dataset
 from cytossl_monai.data.feature_store import read_features, write_features
 from cytossl_monai.data.slides import open_slide
 from cytossl_monai.inferers.bundle_encoder import require_trained_encoder
-from cytossl_monai.inferers.embedder import EmbedTimes, embed_tiles, feature_attributes, is_current, read_ahead
+from cytossl_monai.inferers.embedder import (
+    EmbedTimes,
+    embed_tiles,
+    feature_attributes,
+    is_current,
+    read_ahead,
+    warn_of_tile_size,
+)
 from cytossl_monai.inferers.slide_input import failure
 from cytossl_monai.networks.nets.encoders import Encoder, encoder_hash
 from cytossl_monai.utils.parallel import default_workers
@@ -101,7 +108,7 @@ class SlideEvaluator(Evaluator):
         self.encoder_name, self.progress = encoder_name, progress
         # The epoch ends before the run does: handlers of COMPLETED find every file written.
         self.add_event_handler(Events.EPOCH_COMPLETED, self._wait)
-        self._hash = ""
+        self._hash, self._warned = "", False
         self._writer: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
 
@@ -154,6 +161,7 @@ class SlideEvaluator(Evaluator):
         if told is not None:
             return str(told)
         record, index = item["record"], item["index"]
+        self._warned = self._warned or warn_of_tile_size(self.network, index.tile_size)
         path = self.features_dir / f"{record.slide_id}.h5"
         item["features_path"], item["times"] = str(path), EmbedTimes()
         if is_current(path, record.path, index, self._hash, self.dtype):

@@ -13,7 +13,7 @@ from monai.bundle import ConfigWorkflow
 from cytossl_monai.data.feature_store import read_features
 from cytossl_monai.data.slides import open_slide
 from cytossl_monai.data.tile_index import TileIndex
-from cytossl_monai.inferers.embedder import EmbedTimes, embed_tiles, read_ahead
+from cytossl_monai.inferers.embedder import EmbedTimes, embed_tiles, read_ahead, warn_of_tile_size
 from cytossl_monai.inferers.slide_classifier import SlideClassifier
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.checkpoint import save_classifier
@@ -64,6 +64,14 @@ def test_embedding_does_not_depend_on_batches_or_threads(cohort):
     np.testing.assert_allclose(whole, single, atol=1e-5)
     assert times.tiles == len(index)
     assert 0 < times.encoder <= times.total
+
+
+def test_tiles_of_another_size_than_the_encoder_learned_are_told(cohort, caplog):
+    encoder, _ = load_encoder(cohort.encoder)
+    assert not warn_of_tile_size(encoder, 96)
+    assert warn_of_tile_size(encoder, 224)
+    assert "--tile_size 96" in caplog.text
+    assert not warn_of_tile_size(torch.nn.Identity(), 224)
 
 
 def run_embed(cohort, output_dir, **overrides):

@@ -1,0 +1,61 @@
+"""Exported networks give what the network gives: torch.export, ONNX, TorchScript."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cytossl_monai.networks.nets.encoders import Encoder
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+
+
+def encoder(side: int = 32, sparsity: object = ("none", "topk", "routed")) -> Encoder:
+    """One layer of each sparsity, with tables of iRPE that are not zero."""
+    sparsities = [sparsity] if isinstance(sparsity, str) else list(sparsity)  # type: ignore[call-overload]
+    network = SRTransformer(
+        3,
+        side,
+        8,
+        hidden_size=24,
+        mlp_dim=32,
+        num_layers=len(sparsities),
+        num_heads=3,
+        class_token=True,
+        rpe={"method": "product", "on": "qk"},
+        sparsity=sparsities,
+        keep_ratio=0.4,
+        num_salient=4,
+        window=1,
+        num_register_tokens=1,
+    )
+    for name, parameter in network.named_parameters():
+        if ".irpe." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return Encoder(network, "cls+mean").eval()
+
+
+def test_torch_export_and_onnx(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, images = encoder(), torch.rand(2, 3, 32, 32)
+    wanted = module(images)
+    exported = torch.export.export(module, (images,))
+    torch.testing.assert_close(exported.module()(images), wanted, atol=1e-4, rtol=1e-4)
+    torch.onnx.export(module, (images,), tmp_path / "encoder.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(got, wanted.detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("side", "sparsity"), [(32, ("none", "topk", "routed")), (224, "routed")])
+def test_torchscript_takes_other_batches(side: int, sparsity: object) -> None:
+    """Traced with a batch of two; 224 pixels are 784 patches, which are routed in tiles."""
+    module = encoder(side, sparsity)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, torch.rand(2, 3, side, side), check_trace=False)
+        for batch in (1, 2, 3):
+            images = torch.rand(batch, 3, side, side)
+            torch.testing.assert_close(traced(images), module(images), atol=1e-4, rtol=1e-4)

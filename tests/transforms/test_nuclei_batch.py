@@ -114,7 +114,7 @@ def test_marked_nuclei_of_real_tiles_are_found(data_root: Path) -> None:
 def test_components_are_those_of_scipy(density: float) -> None:
     mask = torch.rand(3, 33, 41, generator=torch.Generator().manual_seed(1)) < density
     for labels, count in (label_planes(mask), _label_by_spreading(mask)):
-        assert labels.dtype == torch.int64
+        assert labels.dtype in (torch.int32, torch.int64)
         assert torch.equal(labels > 0, mask)
         offset = 0
         for plane, found in zip(mask.numpy(), labels.numpy()):

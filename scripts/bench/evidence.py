@@ -2,6 +2,7 @@
 
     python scripts/bench/evidence.py --slides slides/slides.csv --inference inference_dir
     python scripts/bench/evidence.py --slides slides/slides.csv --encoder model.pt --classifier classifier.pt
+    python scripts/bench/evidence.py --slides slides/slides.csv --folds mil --index index --features features
 
 The slides are made ones whose truth tables say where each cell lies: those of `cytossl_monai.data.synthetic`, or
 others of the same layout (truth/<slide_id>.csv beside the slide table with x,y,w,h,class in level-0 pixels). A tile is
@@ -13,12 +14,13 @@ slide:
 
 Several rankings are compared in the same run: attention alone, tile score alone, and the two multiplied (what reports
 rank by). The intervals are bootstrap ones over the slides. Slides on which the classifier was trained flatter it: give
-others, or out-of-fold predictions.
+others, or --folds, the output of cross-validation, where each slide is seen by the fold that was not trained on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,10 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
+from cytossl_monai.data.feature_store import read_features
 from cytossl_monai.data.slide_table import read_slide_table
+from cytossl_monai.data.tile_index import TileIndex
+from cytossl_monai.inferers.slide_classifier import SlideClassifier
 
 CONFIG = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_inference" / "configs" / "inference.json"
 LESIONS = ("ascus", "asch", "lsil", "hsil", "scc", "agc")
@@ -72,6 +77,19 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
+def out_of_fold(folds: Path, index_dir: Path, features_dir: Path, output: Path) -> None:
+    """Tables of tiles of every slide, each by the fold that kept it out."""
+    for path in sorted(folds.glob("fold_*/fold.json")):
+        classifier = SlideClassifier(path.parent / "model.pt")
+        for slide_id in json.loads(path.read_text())["slides"]:
+            index = TileIndex.read(index_dir / f"{slide_id}.parquet")
+            bag = read_features(features_dir / f"{slide_id}.h5")
+            told = classifier.predict(bag.features, bag.encoder, slide_id)
+            (output / slide_id).mkdir(parents=True, exist_ok=True)
+            table = index.table.assign(attention=told.attention, score=told.score)
+            table.to_parquet(output / slide_id / "tiles.parquet")
+
+
 def infer(slides: Path, output: Path, encoder: Path, classifier: list[Path], overrides: list[str]) -> None:
     """Run the inference bundle for the tables of tiles alone."""
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(CONFIG)]
@@ -88,14 +106,24 @@ def main() -> None:
     parser.add_argument("--inference", type=Path, help="output_dir of an inference run over these slides")
     parser.add_argument("--encoder", type=Path, help="with --classifier: run inference first")
     parser.add_argument("--classifier", type=Path, nargs="+", help="one, or folds")
+    parser.add_argument("--folds", type=Path, help="output_dir of cross-validation, with --index and --features")
+    parser.add_argument("--index", type=Path)
+    parser.add_argument("--features", type=Path)
     parser.add_argument("--top", type=int, default=20)
     arguments, overrides = parser.parse_known_args()
-    if (arguments.inference is None) == (arguments.encoder is None or arguments.classifier is None):
-        parser.error("give --inference, or --encoder and --classifier")
+    ways = [
+        arguments.inference is not None,
+        None not in (arguments.encoder, arguments.classifier),
+        None not in (arguments.folds, arguments.index, arguments.features),
+    ]
+    if sum(ways) != 1:
+        parser.error("give --inference, or --encoder and --classifier, or --folds, --index and --features")
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.inference or Path(temporary)
-        if arguments.inference is None:
+        if arguments.folds is not None:
+            out_of_fold(arguments.folds, arguments.index, arguments.features, folder)
+        elif arguments.inference is None:
             infer(arguments.slides, folder, arguments.encoder, arguments.classifier, overrides)
         rows, without = [], []
         for record in read_slide_table(arguments.slides):

@@ -101,9 +101,10 @@ def test_runs_once_resumes_and_refuses_other_settings(
         save(self, engine)
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError) as died:
+    with monkeypatch.context() as patch:
         patch.setattr(CheckpointHandler, "save", save_and_die)
-        halved.train(run)
+        with pytest.raises(RuntimeError) as died:
+            halved.train(run)
     assert isinstance(died.value.__cause__, Killed)
     weights = torch.load(halved.train(run), weights_only=True)["state_dict"]
     assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())

@@ -37,9 +37,9 @@ class NucleusRules:
         max_elongation: length over width; threads and fibres have more.
     """
 
-    min_area_um2: float = 14.0
-    min_contrast: float = 0.12
-    min_edge: float = 0.08
+    min_area_um2: float = 10.0
+    min_contrast: float = 0.06
+    min_edge: float = 0.05
     max_elongation: float = 4.0
 
 

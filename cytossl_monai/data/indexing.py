@@ -60,9 +60,9 @@ class IndexSettings:
     foreground_density: float = 0.04
     nuclear_density: float = 0.1
     min_dark_um2: float = 12.0
-    min_nucleus_um2: float = 14.0
-    min_contrast: float = 0.12
-    min_edge: float = 0.08
+    min_nucleus_um2: float = 10.0
+    min_contrast: float = 0.06
+    min_edge: float = 0.05
     max_elongation: float = 4.0
     min_nuclei: int = 1
     min_sharpness: float = 0.35

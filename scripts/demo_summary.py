@@ -1,6 +1,6 @@
 """Print what a run of ``scripts/demo.sh`` made and how well it did.
 
-    .venv/bin/python scripts/demo_summary.py demo
+.venv/bin/python scripts/demo_summary.py demo
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.report import RunReport
 
-
 # cuCIM 26.10 crashes inside the SDK's runtime, Holoscan 4.6 (segmentation fault in its batched reads): take OpenSlide.
 BACKENDS.pop("cucim", None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from string import Template
 import pytest
 import yaml
 from monai.bundle import ConfigParser
+
+from cytossl_monai.data.synthetic import make_slides
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((REPO_ROOT / "docs" / "howto").glob("*.md"))
@@ -82,6 +85,15 @@ def named_configs(value: str, own: bool) -> list[Path]:
     return found
 
 
+def lay_out_a_lab(folder: Path) -> None:
+    """What the page on inference takes for granted: the checkout, a scan, an encoder and a classifier."""
+    toy = importlib.import_module("inference_toy")
+    (folder / "bundles").symlink_to(Path(__file__).resolve().parents[1] / "bundles")
+    slide = make_slides(folder / "made", 1, 1024, seed=1, density=900.0, blur=0.0, progress=False).parent
+    (slide / "slide_0000.tif").rename(folder / "scan.svs")
+    toy.make_classifier(folder / "classifier.pt", toy.make_encoder(folder / "encoder.pt"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_name_what_there_is(page: Path) -> None:
     """Bundles take unknown keys silently, so a page with a stale one would look as if it worked."""
@@ -116,10 +128,13 @@ def test_commands_are_found_and_stale_ones_caught(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if python_blocks(page.read_text(encoding="utf-8"))], ids=lambda page: page.stem
 )
-def test_page_runs(page: Path, tmp_path: Path) -> None:
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text(encoding="utf-8")
     if NOT_RUN in text:
         pytest.skip("the page says that it is not run")
+    if page.stem == "inference":
+        monkeypatch.syspath_prepend(Path(__file__).parent / "inferers")
+        lay_out_a_lab(tmp_path)
     runner = (
         "import sys, types, pathlib\n"
         "sys.path.insert(0, sys.argv[2])\n"

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
+from measured_run import measured_run
 
 from cytossl_monai.data.slides import Slide, open_slide
 from cytossl_monai.data.tile_index import TileIndex
@@ -33,31 +29,8 @@ def run_index(slide: Path, folder: Path, workers: int, overrides: list[str]) -> 
     (folder / "slides.csv").write_text(f"slide_id,path\nslide,{slide.resolve()}\n")
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIG), *overrides]
     command += ["--slides", str(folder / "slides.csv"), "--output_dir", str(folder), "--num_workers", str(workers)]
-    before, start = os.times(), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    peak, stop = [0.0], threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(process.pid, peak, stop))
-    watcher.start()
-    output, _ = process.communicate()
-    stop.set()
-    watcher.join()
-    seconds, after = time.perf_counter() - start, os.times()
-    if process.returncode:
-        raise SystemExit(output.decode())
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return seconds, cpu, peak[0], TileIndex.read(folder / "slide.parquet")
-
-
-def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
-    """Keep the largest sum of memory over a process and its children (shared pages counted once, as PSS)."""
-    root = psutil.Process(pid)
-    while not stop.wait(0.2):
-        try:
-            family = [root, *root.children(recursive=True)]
-            total = sum(member.memory_full_info().pss for member in family) / 1e9
-        except psutil.Error:
-            continue
-        peak[0] = max(peak[0], total)
+    run = measured_run(command)
+    return run.seconds, run.cpu, run.memory, TileIndex.read(folder / "slide.parquet")
 
 
 def nuclei_in(slide: Slide, x: int, y: int, size: int, margin: int = 64) -> np.ndarray:

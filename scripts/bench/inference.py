@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
+from measured_run import measured_run
 
 from cytossl_monai.data.slides import open_slide
 from cytossl_monai.data.tile_index import TileIndex
@@ -45,32 +43,12 @@ def make_models(folder: Path, preset: str) -> tuple[Path, Path]:
     return folder / "encoder.pt", folder / "classifier.pt"
 
 
-def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
-    """Keep the largest sum of memory over a process and its children (shared pages counted once, as PSS)."""
-    root = psutil.Process(pid)
-    while not stop.wait(0.25):
-        try:
-            family = [root, *root.children(recursive=True)]
-            total = sum(member.memory_full_info().pss for member in family) / 1e9
-        except psutil.Error:
-            continue
-        peak[0] = max(peak[0], total)
-
-
 def run_bundle(arguments: list[str]) -> tuple[float, float]:
     """Wall seconds and peak memory in GB of one run of the bundle."""
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(CONFIG), *arguments]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    peak, stop = [0.0], threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(process.pid, peak, stop))
-    watcher.start()
-    output, _ = process.communicate()
-    stop.set()
-    watcher.join()
-    if process.returncode:
-        raise SystemExit(output.decode())
-    return time.perf_counter() - start, peak[0]
+    run = measured_run(
+        [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(CONFIG), *arguments]
+    )
+    return run.seconds, run.memory
 
 
 def in_turns(slide_path: Path, index: TileIndex, encoder: Encoder, batch_size: int) -> float:

@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, required=True, help="model.pt that pretraining wrote")
     parser.add_argument("--data", type=Path, required=True, help="folder with cells/ and cric/")
     parser.add_argument("--out", type=Path, help="Markdown table to write")
-    parser.add_argument("--field", type=int, default=256, help="side of the crop in pixels at 0.25 um/px")
-    parser.add_argument("--size", type=int, default=128, help="side that the encoder sees")
+    parser.add_argument("--field", type=int, default=192, help="side of the crop in pixels at 0.25 um/px")
+    parser.add_argument("--size", type=int, default=96, help="side that the encoder sees")
     args = parser.parse_args()
 
     trained, _ = load_encoder(args.encoder)

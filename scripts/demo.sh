@@ -33,6 +33,8 @@ inference=$root/bundles/cytossl_inference/configs
 mkdir -p "$out"
 cd "$out"
 
+# Tiles of 56 um: a cell or two each, so that what a tile is scored for is what its picture shows.
+tile=112
 left_out=0
 # A step that left some slides out (status 3) does not stop the others.
 step() {
@@ -53,17 +55,19 @@ if [ -z "$slides" ]; then
     new=$out/new_slides/slides.csv
   fi
 fi
-step "index: tiles where nuclei are" --config_file "$pretrain/index.json" --slides "$slides" --output_dir "$out/index"
+step "index: tiles where nuclei are" --config_file "$pretrain/index.json" --slides "$slides" --output_dir "$out/index" \
+  --tile_size $tile
 step "pretrain: the encoder, without labels" \
   --config_file "['$pretrain/train.json','$root/configs/scale/demo.yaml']" \
-  --index_dir "$out/index" --output_dir "$out/pretrain" ${CYTOSSL_STEPS:+--steps "$CYTOSSL_STEPS"}
+  --index_dir "$out/index" --output_dir "$out/pretrain" --tile_size 224 ${CYTOSSL_STEPS:+--steps "$CYTOSSL_STEPS"}
 encoder=$out/pretrain/models/model.pt
 step "embed: features of every tile" --config_file "$inference/embed.json" \
   --slides "$slides" --index_dir "$out/index" --output_dir "$out/features" --encoder "$encoder"
 step "slide classifier: patient-wise folds" --config_file "$mil/cross_validate.json" \
   --slides "$slides" --features_dir "$out/features" --output_dir "$out/mil"
 step "inference: predictions with their evidence" --config_file "$inference/inference.json" \
-  --slides "${new:-$slides}" --encoder "$encoder" --classifier "$out/mil/model.pt" --output_dir "$out/reports"
+  --slides "${new:-$slides}" --encoder "$encoder" --classifier "$out/mil/model.pt" --output_dir "$out/reports" \
+  --tile_size $tile
 
 "$venv/bin/python" "$root/scripts/demo_summary.py" "$out"
 exit "$left_out"

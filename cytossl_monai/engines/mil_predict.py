@@ -18,7 +18,7 @@ from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.utils.errors import FeatureError
 from cytossl_monai.utils.report import RunReport
 
-__all__ = ["finish", "inference_items", "predict_items"]
+__all__ = ["inference_items", "predict_items"]
 
 Item = dict[str, Any]
 
@@ -71,18 +71,6 @@ def inference_items(
         reason = f": {report.left_out[0].message}" if report.left_out else ""
         raise FeatureError(f"no usable feature file in {folder}{reason}")
     return usable
-
-
-def finish(report: RunReport) -> None:
-    """Write the report, print its summary, and exit with its status when slides were left out.
-
-    Raises:
-        SystemExit: when slides were left out.
-    """
-    report.save()
-    print(report.summary())
-    if report.exit_code:
-        raise SystemExit(report.exit_code)
 
 
 def predict_items(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from cytossl_monai.utils.files import atomic_path
 from cytossl_monai.utils.report import RunReport
 from cytossl_monai.visualize.cohort_page import write_cohort_page
 
-__all__ = ["CohortPages", "finish"]
+__all__ = ["CohortPages"]
 
 
 class CohortPages:
@@ -66,14 +65,3 @@ def write_predictions(path: Path, answers: Sequence[dict[str, Any]], failed: dic
     with atomic_path(path) as partial:
         pd.DataFrame(rows).to_csv(partial, index=False)
     return path
-
-
-def finish(report: RunReport) -> None:
-    """Print the summary and exit with the run's status: 0 all slides, 3 some were left out, 1 all were.
-
-    Raises:
-        SystemExit: when slides were left out.
-    """
-    print(report.summary(), flush=True)
-    if report.exit_code:
-        sys.exit(report.exit_code)

@@ -36,6 +36,7 @@ __all__ = [
     "FeatureEmbedder",
     "embed_slides",
     "embed_tiles",
+    "embed_to_file",
     "index_hash",
     "read_ahead",
     "warn_of_tile_size",
@@ -242,6 +243,57 @@ def is_current(path: Path, slide_path: Path, index: TileIndex, encoder_id: str, 
     )
 
 
+def embed_to_file(
+    path: Path,
+    record: SlideRecord,
+    index: TileIndex,
+    encoder: nn.Module,
+    encoder_id: str,
+    encoder_name: str,
+    batch_size: int,
+    device: str | torch.device,
+    dtype: Literal["float32", "float16"],
+    amp: bool,
+    num_threads: int,
+    inferer: Inferer | None = None,
+    times: EmbedTimes | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Embed one slide and write its feature file.
+
+    Args:
+        path: the feature file.
+        record: the slide.
+        index: its tiles.
+        encoder: on ``device``, in evaluation mode.
+        encoder_id: its hash.
+        encoder_name: kept in the file.
+        batch_size: tiles at once.
+        device: where the encoder is; on ``cuda`` the slide is decoded there as well, where cuCIM can.
+        dtype: how features are stored.
+        amp: bfloat16 autocast.
+        num_threads: decoding threads (cuCIM).
+        inferer: as for `embed_tiles`.
+        times: as for `embed_tiles`.
+        progress: as for `embed_tiles`.
+
+    Returns:
+        (N, D) float32, as computed.
+
+    Raises:
+        FeatureError: as `embed_tiles` does.
+        SlideError: when the slide cannot be read.
+    """
+    decode_on = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    with open_slide(record.path, mpp=record.mpp, device=decode_on) as slide:
+        features = embed_tiles(
+            slide, index, encoder, batch_size, device, amp, num_threads, inferer, times, progress=progress
+        )
+        attrs = {**feature_attributes(slide, index, encoder_id, encoder_name), "stored_as": dtype}
+    write_features(path, features, index.coords, attrs, dtype)
+    return features
+
+
 def embed_slides(
     records: Sequence[SlideRecord],
     index_dir: str | os.PathLike[str],
@@ -293,13 +345,21 @@ def embed_slides(
             if is_current(path, record.path, index, encoder_id, dtype):
                 report.add(record.slide_id, "current", f"{len(index)} tiles", time.perf_counter() - start)
                 continue
-            decode_on = "cuda" if torch.device(device).type == "cuda" else "cpu"
-            with open_slide(record.path, mpp=record.mpp, device=decode_on) as slide:
-                features = embed_tiles(
-                    slide, index, encoder, batch_size, device, amp, num_threads, inferer, progress=progress
-                )
-                attrs = {**feature_attributes(slide, index, encoder_id, encoder_name), "stored_as": dtype}
-            write_features(path, features, index.coords, attrs, dtype)
+            embed_to_file(
+                path,
+                record,
+                index,
+                encoder,
+                encoder_id,
+                encoder_name,
+                batch_size,
+                device,
+                dtype,
+                amp,
+                num_threads,
+                inferer,
+                progress=progress,
+            )
         except (InputError, OSError) as error:
             report.add(record.slide_id, "failed", str(error), time.perf_counter() - start)
             continue

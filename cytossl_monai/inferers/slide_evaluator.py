@@ -16,13 +16,11 @@ from monai.engines import Evaluator
 from monai.inferers import Inferer, SimpleInferer
 from torch.utils.data import Dataset
 
-from cytossl_monai.data.feature_store import read_features, write_features
-from cytossl_monai.data.slides import open_slide
+from cytossl_monai.data.feature_store import read_features
 from cytossl_monai.inferers.bundle_encoder import require_trained_encoder
 from cytossl_monai.inferers.embedder import (
     EmbedTimes,
-    embed_tiles,
-    feature_attributes,
+    embed_to_file,
     is_current,
     read_ahead,
     warn_of_tile_size,
@@ -167,22 +165,22 @@ class SlideEvaluator(Evaluator):
         if is_current(path, record.path, index, self._hash, self.dtype):
             item["features"] = read_features(path, self._hash).features
             return None
-        decode_on = "cuda" if self.state.device.type == "cuda" else "cpu"
-        with open_slide(record.path, mpp=record.mpp, device=decode_on) as slide:
-            features = embed_tiles(
-                slide,
-                index,
-                self.network,
-                self.batch_size,
-                self.state.device,
-                self.use_amp,
-                self.num_threads,
-                self.inferer,
-                item["times"],
-                self.progress,
-            )
-            attrs = {**feature_attributes(slide, index, self._hash, self.encoder_name), "stored_as": self.dtype}
-        write_features(path, features, index.coords, attrs, self.dtype)
+        features = embed_to_file(
+            path,
+            record,
+            index,
+            self.network,
+            self._hash,
+            self.encoder_name,
+            self.batch_size,
+            self.state.device,
+            self.dtype,
+            self.use_amp,
+            self.num_threads,
+            self.inferer,
+            item["times"],
+            self.progress,
+        )
         item["features"] = read_features(path).features if self.dtype == "float16" else features
         return None
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["EXIT_PARTIAL", "ItemStatus", "RunReport"]
+__all__ = ["EXIT_PARTIAL", "ItemStatus", "RunReport", "finish"]
 
 EXIT_PARTIAL = 3
 """Exit status of a run that finished but left items out."""
@@ -86,3 +86,15 @@ class RunReport:
             writer.writerow(("item", "status", "message", "seconds"))
             writer.writerows((i.item, i.status, i.message, f"{i.seconds:.2f}") for i in self.items)
         return Path(self.path)
+
+
+def finish(report: RunReport) -> None:
+    """Last step of a bundle's run: write the report, print its summary, exit with its status where items were left out.
+
+    Raises:
+        SystemExit: 3 when some items were left out, 1 when all were.
+    """
+    report.save()
+    print(report.summary(), flush=True)
+    if report.exit_code:
+        raise SystemExit(report.exit_code)

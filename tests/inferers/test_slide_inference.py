@@ -17,7 +17,7 @@ from cytossl_monai.data.feature_store import read_features, write_features
 from cytossl_monai.data.slides import open_slide
 from cytossl_monai.data.synthetic import write_pyramid
 from cytossl_monai.data.tile_index import TileIndex
-from cytossl_monai.inferers import evidence, slide_evaluator
+from cytossl_monai.inferers import embedder, evidence
 from cytossl_monai.inferers.evidence import EVIDENCE
 from cytossl_monai.networks.mil.checkpoint import load_classifier
 from cytossl_monai.networks.nets.encoders import load_encoder, save_encoder
@@ -210,7 +210,7 @@ def _killed(cohort, out, place):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("step", ["features", "evidence"])
 def test_killed_in_the_midst_it_goes_on_where_it_was(cohort, inferred, tmp_path, step):
-    place = (slide_evaluator, "write_features") if step == "features" else (evidence, "draw_overlay")
+    place = (embedder, "write_features") if step == "features" else (evidence, "draw_overlay")
     child = multiprocessing.get_context("fork").Process(target=_killed, args=(cohort, tmp_path, place))
     child.start()
     child.join(120)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from skimage.color import rgb_from_hed
 from torch import Tensor
 
+from cytossl_monai.transforms.ncp_plate import background_plate, glass_colour, keep_nuclei_, nuclear_weight
 from cytossl_monai.transforms.ncp_random import hash_noise, hash_uniform
+from cytossl_monai.transforms.resampling import double, halve
 
 __all__ = [
     "add_noise",
@@ -26,6 +28,7 @@ __all__ = [
     "fade",
     "glass_colour",
     "jitter_stain",
+    "keep_nuclei_",
     "nuclear_weight",
     "shuffle_patches",
     "swap_background",
@@ -34,99 +37,12 @@ __all__ = [
 # Streams of the random numbers: one for each use, so that no two uses share numbers.
 _NOISE_STREAM, _STAIN_STREAM, _SHUFFLE_STREAM, _CUTOUT_STREAM = 100, 200, 300, 400
 
-_MAX_MARGIN = 120  # pixels; squared distances are held in int16
-_FAR = 15_000  # a squared distance beyond any margin: 120**2 = 14_400; plus 120**2 it still fits in int16
-
-_FILL_STRIDE = 8  # pixels between the nodes of the grid from which nuclei are filled with what lies around them
-_GLASS_STRIDE = 16  # pixels a side of the blocks whose brightest is taken for glass
-_GLASS_FLOOR = 0.75  # a tile that is cells all over shows no glass: what counts as glass is at least this bright
 _MIN_TRANSMISSION = 1.0 / 255.0  # optical density is taken of no less than one grey level
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1), float32 on the device of ``like``."""
     return values.to(device=like.device, dtype=torch.float32).view(-1, 1, 1, 1)
-
-
-def nuclear_weight(mask: Tensor, margin: Tensor, feather: Tensor) -> Tensor:
-    """How much of the original a pixel keeps: 1 on nuclei and in their margin, then down to 0 along a smooth ramp.
-
-    The distance to the nearest nuclear pixel is the exact Euclidean one, found by two passes of a separable lower
-    envelope that looks no further than the margin reaches (Felzenszwalb and Huttenlocher, Theory of Computing 2012).
-
-    Args:
-        mask: (B, 1, H, W) bool, True on nuclei.
-        margin: (B,) pixels around a nucleus that are kept whole, >= 0.
-        feather: (B,) pixels over which the weight falls from 1 to 0 after that, >= 0.
-
-    Returns:
-        (B, 1, H, W) float32 in [0, 1]. A sample without nuclei is 0 everywhere.
-
-    Raises:
-        ValueError: if margin and feather together reach further than 120 pixels.
-    """
-    reach = float((margin + feather).max()) if len(margin) else 0.0
-    radius = math.ceil(reach)
-    if radius > _MAX_MARGIN:
-        raise ValueError(
-            f"margin_um + feather_um reach {reach:.0f} pixels; at most {_MAX_MARGIN} are allowed: "
-            "lower them or give the right mpp"
-        )
-    squared = torch.full(mask.shape, _FAR, dtype=torch.int16, device=mask.device).masked_fill_(mask, 0)
-    for dim in (2, 3):
-        source, squared = squared, squared.clone()
-        length = source.shape[dim]
-        for step in range(1, min(radius, length - 1) + 1):
-            moved = source + step * step
-            kept = length - step
-            ahead, behind = squared.narrow(dim, step, kept), squared.narrow(dim, 0, kept)
-            torch.minimum(ahead, moved.narrow(dim, 0, kept), out=ahead)
-            torch.minimum(behind, moved.narrow(dim, step, kept), out=behind)
-    distance = squared.to(torch.float32).sqrt_()
-    ramp = _column(feather, distance).clamp_min(1e-3)
-    weight = distance.neg_().add_(_column(margin, distance) + ramp).div_(ramp).clamp_(0.0, 1.0)
-    return weight.mul(weight).mul_(weight.mul_(-2.0).add_(3.0))  # smoothstep: no kink where the ramp ends
-
-
-def background_plate(image: Tensor, weight: Tensor) -> Tensor:
-    """The tile with its nuclei painted over by what lies around them.
-
-    Perturbations work on this plate, not on the tile: a blurred nucleus would leave a dark halo beside the sharp one,
-    and shuffled or swapped patches would strew pieces of nuclei about, which are the one thing that views must share.
-    Filled by a pyramid (pull-push; Gortler et al., "The Lumigraph", SIGGRAPH 1996).
-
-    Args:
-        image: (B, C, H, W) float32 in [0, 1].
-        weight: (B, 1, H, W) float32 in [0, 1], as of :func:`nuclear_weight`: 1 where the tile is painted over.
-
-    Returns:
-        (B, C, H, W) float32 in [0, 1].
-    """
-    height, width = image.shape[-2:]
-    keep = 1.0 - weight
-    levels = [(_pool(image * keep, _FILL_STRIDE), _pool(keep, _FILL_STRIDE))]
-    while max(levels[-1][1].shape[-2:]) > 1:
-        colour, known = levels[-1]
-        levels.append((_pool(colour, 2), _pool(known, 2)))
-    colour, known = levels.pop()
-    mean = image.mean(dim=(2, 3), keepdim=True)  # a tile that is nuclei all over has nothing else to be filled with
-    fill = torch.where(known > 1e-4, colour / known.clamp_min(1e-4), mean)
-    for colour, known in reversed(levels):
-        coarse = _resize(fill, known.shape[-2], known.shape[-1], 2)
-        trust = (known * 4.0).clamp_(0.0, 1.0)  # a node that sees a quarter of background stands for itself
-        fill = torch.lerp(coarse, colour / known.clamp_min(1e-4), trust)
-    return torch.lerp(image, _resize(fill, height, width, _FILL_STRIDE), weight).clamp_(0.0, 1.0)
-
-
-def _pool(x: Tensor, stride: int) -> Tensor:
-    """Means of blocks; the last block of a row or column may be smaller."""
-    return F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
-
-
-def _resize(x: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """Undo a pooling by ``factor``, bilinearly, to exactly (height, width)."""
-    full = F.interpolate(x, (x.shape[-2] * factor, x.shape[-1] * factor), mode="bilinear", align_corners=False)
-    return full[..., :height, :width]
 
 
 def _smooth_axis(x: Tensor, taps: Tensor, dim: int) -> Tensor:
@@ -158,31 +74,37 @@ def blur(image: Tensor, sigma: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    height, width = image.shape[-2:]
     sigma = sigma.to(device="cpu", dtype=torch.float32)
-    level = torch.floor(torch.log2(sigma.clamp_min(1e-6) / 0.75)).clamp_(1, 6).to(torch.int64)
+    depths = torch.floor(torch.log2(sigma.clamp_min(1e-6) / 0.75)).clamp_(1, 6).to(torch.int64)
     out = torch.empty_like(image)
-    for depth in sorted(set(level.tolist())):  # a loop over resolutions, at most six
-        chosen = (level == depth).nonzero().squeeze(1)
+    for depth in sorted(set(depths.tolist())):  # a loop over resolutions, at most six
+        chosen = (depths == depth).nonzero().squeeze(1)
+        if len(chosen) == len(image):
+            return _blur_at(image, sigma, depth)
         rows = chosen.to(image.device)
-        factor = 2**depth
-        part = image.index_select(0, rows)
-        pad_h, pad_w = -height % factor, -width % factor
-        padded = F.pad(part, (0, pad_w, 0, pad_h), mode="replicate") if pad_h or pad_w else part
-        small = F.avg_pool2d(padded, factor)
-        # Pooling and enlarging blur as well; their variances (a box's and a tent's) are taken off the kernel's.
-        left = sigma[chosen].square() - (factor**2 - 1) / 12.0 - factor**2 / 6.0
-        scaled = (left.clamp_min(0.0).sqrt() / factor).clamp_(0.3, 4.0)
-        radius = math.ceil(3.0 * float(scaled.max()))
-        taps = torch.exp(-0.5 * (torch.arange(radius + 1) / scaled.unsqueeze(1)) ** 2)
-        # Beyond its own three sigma a kernel is zero, however wide its neighbours' are.
-        taps *= torch.arange(radius + 1) <= torch.ceil(3.0 * scaled.unsqueeze(1))
-        taps /= 2.0 * taps.to(torch.float64).sum(1, keepdim=True).to(torch.float32) - taps[:, :1]
-        taps = taps.to(image.device)
-        small = _smooth_axis(_smooth_axis(small, taps, 2), taps, 3)
-        mix = sigma[chosen].clamp(0.0, 1.0).square()
-        out[rows] = torch.lerp(part, _resize(small, height, width, factor), _column(mix, image))
-    return out.clamp_(0.0, 1.0)
+        out.index_copy_(0, rows, _blur_at(image.index_select(0, rows), sigma[chosen], depth))
+    return out
+
+
+def _blur_at(image: Tensor, sigma: Tensor, depth: int) -> Tensor:
+    """:func:`blur`, all at one resolution: halved ``depth`` times."""
+    pictures = [image]
+    for _ in range(depth):
+        pictures.append(halve(pictures[-1]))
+    # Halving and doubling blur as well; their variances (boxes' and tents') are taken off the kernel's.
+    left = sigma.square() - (4**depth - 1) * (1.0 / 12.0 + 2.0 / 9.0)
+    scaled = (left.clamp_min(0.0).sqrt() / 2**depth).clamp_(0.3, 4.0)
+    radius = math.ceil(3.0 * float(scaled.max()))
+    taps = torch.exp(-0.5 * (torch.arange(radius + 1) / scaled.unsqueeze(1)) ** 2)
+    # Beyond its own three sigma a kernel is zero, however wide its neighbours' are.
+    taps *= torch.arange(radius + 1) <= torch.ceil(3.0 * scaled.unsqueeze(1))
+    taps /= 2.0 * taps.to(torch.float64).sum(1, keepdim=True).to(torch.float32) - taps[:, :1]
+    taps = taps.to(image.device)
+    small = _smooth_axis(_smooth_axis(pictures.pop(), taps, 2), taps, 3)
+    for larger in reversed(pictures):
+        small = double(small, *larger.shape[-2:])
+    mix = sigma.clamp(0.0, 1.0).square()
+    return torch.lerp(image, small, _column(mix, image)).clamp_(0.0, 1.0)
 
 
 def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
@@ -198,18 +120,6 @@ def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
     """
     field = hash_noise(seeds.to(image.device), _NOISE_STREAM, *image.shape[1:])
     return field.mul_(_column(std, image)).add_(image).clamp_(0.0, 1.0)
-
-
-def glass_colour(image: Tensor) -> Tensor:
-    """The colour of the empty slide: each channel's brightest block mean, and no darker than 0.75.
-
-    Args:
-        image: (B, C, H, W) float32 in [0, 1].
-
-    Returns:
-        (B, C, 1, 1) float32.
-    """
-    return _pool(image, _GLASS_STRIDE).amax(dim=(2, 3), keepdim=True).clamp_min(_GLASS_FLOOR)
 
 
 def fade(image: Tensor, amount: Tensor, colour: Tensor) -> Tensor:
@@ -253,14 +163,10 @@ def jitter_stain(image: Tensor, amount: Tensor, seeds: Tensor, scale: float = 0.
     # Row vectors: density @ inverse = concentrations; (concentrations * gain + shift) @ stains = new density.
     matrix = (torch.linalg.inv(stains) * gains.unsqueeze(1)) @ stains
     matrix, bias = matrix.to(image.device, torch.float32), (shifts @ stains).to(image.device, torch.float32)
-    density = image.clamp_min(_MIN_TRANSMISSION).log_().neg_()
-    out = torch.empty_like(image)
-    for target in range(channels):
-        mixed = torch.add(_column(bias[:, target], image)[:, 0], 0.0).expand(image.shape[0], *image.shape[2:]).clone()
-        for source in range(channels):
-            mixed.addcmul_(density[:, source], matrix[:, source, target].view(-1, 1, 1))
-        out[:, target] = mixed
-    return out.neg_().exp_().clamp_(0.0, 1.0)
+    log = image.clamp_min(_MIN_TRANSMISSION).log_().flatten(2)
+    with torch.autocast(image.device.type, enabled=False):  # which would multiply in half precision
+        mixed = torch.baddbmm(bias.neg_().unsqueeze(2), matrix.transpose(1, 2), log)
+    return mixed.exp_().clamp_(max=1.0).view_as(image)
 
 
 def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tensor) -> Tensor:
@@ -277,7 +183,7 @@ def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tenso
     """
     batch, channels, height, width = image.shape
     side = patch.to(device="cpu").round().to(torch.int64).clamp(1, max(1, min(height, width) // 2))
-    columns, count = width // side, (height // side) * (width // side)
+    count = (height // side) * (width // side)
     most = int(count.max())
     drawn = hash_uniform(seeds.cpu(), _SHUFFLE_STREAM, 2 * most).view(batch, most, 2)
     place = torch.arange(most, dtype=torch.float64).expand(batch, most)
@@ -287,16 +193,21 @@ def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tenso
     origin = torch.where(chosen, drawn[..., 1], 2.0 + place).argsort(dim=1)
     moved = torch.empty_like(to).scatter_(1, to, origin).to(image.device)
 
-    side, columns, rows = (v.to(image.device).view(-1, 1, 1) for v in (side, columns, height // side))
-    y = torch.arange(height, device=image.device).view(1, -1, 1)
-    x = torch.arange(width, device=image.device).view(1, 1, -1)
-    patch_y, patch_x = y // side, x // side
-    whole = (patch_y < rows) & (patch_x < columns)
-    own = torch.where(whole, patch_y * columns + patch_x, 0)
-    source = moved.gather(1, own.view(batch, -1)).view(batch, height, width)
-    source_y, source_x = (source // columns) * side + y % side, (source % columns) * side + x % side
-    index = torch.where(whole, source_y * width + source_x, y * width + x).view(batch, 1, -1)
-    return image.reshape(batch, channels, -1).gather(2, index.expand(-1, channels, -1)).view_as(image)
+    out = image.clone(memory_format=torch.contiguous_format)
+    for length in sorted(set(side.tolist())):  # a loop over sizes, mostly few
+        where = (side == length).nonzero().squeeze(1)
+        rows, columns = height // length, width // length
+        at = where.to(image.device)
+        part = image.index_select(0, at)
+        whole = part[..., : rows * length, : columns * length]
+        cut = whole.reshape(len(at), channels, rows, length, columns, length).permute(0, 2, 4, 1, 3, 5)
+        patches = cut.reshape(len(at) * rows * columns, channels, length, length)
+        first = torch.arange(len(at), device=image.device).unsqueeze(1) * (rows * columns)
+        source = moved.index_select(0, at)[:, : rows * columns] + first
+        taken = patches.index_select(0, source.flatten()).view(cut.shape).permute(0, 3, 1, 4, 2, 5)
+        whole.copy_(taken.reshape(whole.shape))
+        out.index_copy_(0, at, part)
+    return out
 
 
 def swap_background(image: Tensor, donor: Tensor, amount: Tensor) -> Tensor:
@@ -339,5 +250,7 @@ def cut_out(image: Tensor, amount: Tensor, seeds: Tensor, colour: Tensor, count:
         )
         at = torch.arange(length, dtype=torch.float64) + 0.5
         inside.append(((at - centre.unsqueeze(-1)).abs() <= half.unsqueeze(-1)).to(image.device))
-    hit = (inside[0].unsqueeze(-1) & inside[1].unsqueeze(-2)).any(dim=1, keepdim=True)
-    return torch.where(hit, colour, image)
+    hit = torch.zeros(batch, 1, height, width, dtype=torch.bool, device=image.device)
+    for rows, columns in zip(inside[0].unbind(1), inside[1].unbind(1), strict=True):
+        hit |= rows.view(batch, 1, height, 1) & columns.view(batch, 1, 1, width)
+    return torch.lerp(image, colour.expand_as(image), hit.to(torch.float32))

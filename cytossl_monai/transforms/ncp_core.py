@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.transforms import functional as ncp
+from cytossl_monai.transforms.chunks import chunks
 from cytossl_monai.transforms.ncp_settings import BLUR_SIGMA_UM, CUTOUT_SIDE, NOISE_STD, Draw, NCPSettings
 
 __all__ = ["perturb"]
 
-# Samples that are worked on at a time on a CPU. Whole batches run from main memory and every step pays for fresh pages
-# of the system; sixteen tiles of 224 px (9.6 MB a step) are reused from one step to the next.
-_CPU_CHUNK = 16
+_GLASS_OPS = frozenset({"fade", "cutout"})  # those that need the colour of the empty slide
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -52,14 +51,16 @@ def perturb(
         A new tensor of the images' shape, dtype and device; nuclear pixels are bit-identical to the input's.
     """
     out = images.clone(memory_format=torch.contiguous_format)
-    rows = draw.active().nonzero().squeeze(1)
     if donors is None:
         donors, donor_masks = images, masks
-    step = _CPU_CHUNK if images.device.type == "cpu" else max(len(rows), 1)
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        on_device = part.to(images.device)
-        out[on_device] = _perturb_part(images, masks, mpp, draw, settings, donors, donor_masks, part)
+    active = draw.active()
+    if settings.empty == "keep":
+        active &= masks.flatten(1).any(1).cpu()
+    for part in chunks(len(images), images.device):
+        rows = active[part].nonzero().squeeze(1) + part.start
+        if len(rows):
+            at = rows.to(images.device)
+            out.index_copy_(0, at, _perturb_part(images, masks, mpp, draw, settings, donors, donor_masks, rows))
     return out
 
 
@@ -78,45 +79,45 @@ def _perturb_part(
     original = images.index_select(0, rows.to(device))
     mask = masks.index_select(0, rows.to(device))
     unit = _unit(original)
-    mpp = mpp[rows]
-    seeds = draw.seeds[rows]
+    mpp, seeds = mpp[rows], draw.seeds[rows]
     amounts = {name: amount[rows] for name, amount in draw.amounts.items()}
 
-    def plate_of(picture: Tensor, nuclei: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        weight = ncp.nuclear_weight(nuclei, settings.margin_um / scale, settings.feather_um / scale)
-        return ncp.background_plate(picture, weight), weight
+    def weight_of(nuclei: Tensor, scale: Tensor) -> Tensor:
+        return ncp.nuclear_weight(nuclei, settings.margin_um / scale, settings.feather_um / scale)
 
-    plate, weight = plate_of(unit, mask, mpp)
-    colour = ncp.glass_colour(plate)
+    weight = weight_of(mask, mpp)
+    plate = ncp.background_plate(unit, weight)
+    # Of the plate as it is before anything is done to it.
+    colour = ncp.glass_colour(plate) if any(bool((amounts[n] > 0).any()) for n in _GLASS_OPS & amounts.keys()) else None
     for name, amount in amounts.items():
         drawn = (amount > 0).nonzero().squeeze(1)
         if len(drawn) == 0:
             continue
         at = drawn.to(device)
-        here, much, seed = plate.index_select(0, at), amount[drawn], seeds[drawn]
+        here = plate.index_select(0, at) if len(drawn) < len(plate) else plate
+        much, seed, scale = amount[drawn], seeds[drawn], mpp[drawn]
         if name == "swap":
             giver = draw.donor[rows[drawn]].to(device)
             given = _unit(donors.index_select(0, giver))
             if donor_masks is not None:
-                given, _ = plate_of(given, donor_masks.index_select(0, giver), mpp[drawn])
+                given = ncp.background_plate(given, weight_of(donor_masks.index_select(0, giver), scale))
             here = ncp.swap_background(here, given, much)
         elif name == "shuffle":
-            here = ncp.shuffle_patches(here, settings.patch_um / mpp[drawn], much, seed)
+            here = ncp.shuffle_patches(here, settings.patch_um / scale, much, seed)
         elif name == "stain":
             here = ncp.jitter_stain(here, much, seed)
         elif name == "blur":
-            here = ncp.blur(here, much * BLUR_SIGMA_UM / mpp[drawn])
-        elif name == "fade":
-            here = ncp.fade(here, much, colour.index_select(0, at))
-        elif name == "cutout":
-            here = ncp.cut_out(here, much * CUTOUT_SIDE, seed, colour.index_select(0, at))
+            here = ncp.blur(here, much * BLUR_SIGMA_UM / scale)
         elif name == "noise":
             here = ncp.add_noise(here, much * NOISE_STD, seed)
+        elif name == "fade" and colour is not None:
+            here = ncp.fade(here, much, colour.index_select(0, at))
+        elif name == "cutout" and colour is not None:
+            here = ncp.cut_out(here, much * CUTOUT_SIDE, seed, colour.index_select(0, at))
         else:
             raise ValueError(f"draw names an unknown op {name!r}")
-        plate[at] = here
-    mixed = _like(torch.lerp(plate, unit, weight).clamp_(0.0, 1.0), images.dtype)
-    untouched = mask
-    if settings.empty == "keep":
-        untouched = mask | ~mask.flatten(1).any(1).view(-1, 1, 1, 1)
-    return torch.where(untouched, original, mixed)
+        plate = plate.index_copy_(0, at, here) if len(drawn) < len(plate) else here
+    mixed = _like(ncp.keep_nuclei_(plate, unit, weight), images.dtype)
+    if images.dtype in (torch.uint8, torch.float32):  # whose values survived the way there and back
+        return mixed
+    return torch.where(mask, original, mixed)

@@ -98,14 +98,15 @@ def hash_noise(seeds: Tensor, stream: int, channels: int, height: int, width: in
     """
     pixel = torch.arange(1, height * width + 1, dtype=torch.int64, device=seeds.device) * _GOLDEN
     out = torch.empty(len(seeds), channels, height * width, device=seeds.device)
-    for first in range(0, channels, 3):  # one hash holds three channels of 21 bits
+    every_third = 127 | 127 << 21 | 127 << 42
+    for first in range(0, channels, 3):  # one hash holds three channels of three numbers
         keys = mix64(mix64(seeds + _stream_key(stream + first)).unsqueeze(1) + pixel)
-        for channel in range(first, min(first + 3, channels)):
-            field = keys & 127
-            for _ in range(2):
-                keys >>= 7
-                field += keys & 127
+        fields = keys & every_third
+        for _ in range(2):
             keys >>= 7
-            out[:, channel] = field
+            fields += keys & every_third
+        for channel in range(first, min(first + 3, channels)):
+            out[:, channel] = fields & 511
+            fields >>= 21
     # A uniform number of {0..127} has the variance (128^2 - 1) / 12; three of them have the mean 190.5.
     return out.sub_(190.5).mul_(((128**2 - 1) / 4) ** -0.5).view(len(seeds), channels, height, width)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from cytossl_monai.transforms.chunks import chunks
 from cytossl_monai.transforms.nuclei_batch import noise_levels, pick_regions
 from cytossl_monai.transforms.nuclei_regions import RegionRules
 
@@ -38,18 +39,28 @@ def nuclear_density(images: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 (..., 1, H, W) in [0, 2.41]; NaN counts as clear glass.
     """
-    brighter = images.amax(dim=-3, keepdim=True) if images.shape[-3] == 1 else images[..., :2, :, :].amax(-3, True)
+    brighter = images if images.shape[-3] == 1 else torch.maximum(images[..., :1, :, :], images[..., 1:2, :, :])
     if images.dtype == torch.uint8:
-        table = -(torch.arange(256, device=images.device, dtype=torch.float32).clamp_min(1.0) / 255.0).log10()
-        return table[brighter.int()]
-    return -(brighter.float().nan_to_num(1.0).clamp(1.0 / 255.0, 1.0)).log10()
+        return brighter.float().clamp_min_(1.0).div_(255.0).log10_().neg_()
+    return brighter.float().nan_to_num(1.0).clamp_(1.0 / 255.0, 1.0).log10_().neg_()
+
+
+def _least_around(values: torch.Tensor) -> torch.Tensor:
+    """Least value among a pixel and its eight neighbours: (B, H, W) of any dtype."""
+    for dim in (1, 2):
+        source, values = values, values.clone()
+        kept = source.shape[dim] - 1
+        for here, there in ((0, 1), (1, 0)):
+            part = values.narrow(dim, here, kept)
+            torch.minimum(part, source.narrow(dim, there, kept), out=part)
+    return values
 
 
 def _segment(images: torch.Tensor, mpp: float, rules: RegionRules) -> torch.Tensor:
     """Mask of tiles that share one scale; arguments as in ``nuclei_mask``."""
     height, width = images.shape[-2:]
     density = nuclear_density(images)
-    quiet = (noise_levels(density[:, 0]) <= rules.max_noise).view(-1, 1, 1, 1)
+    noisy = noise_levels(density[:, 0]) > rules.max_noise
     coarse, scale = density, mpp
     if mpp < 0.8 * WORKING_MPP:
         rows, columns = (max(1, round(n * mpp / WORKING_MPP)) for n in (height, width))
@@ -60,16 +71,16 @@ def _segment(images: torch.Tensor, mpp: float, rules: RegionRules) -> torch.Tens
     bottom = coarse.flatten(1).amin(1) + 0.5 * rules.min_contrast
     top = torch.minimum(coarse.flatten(1).amax(1), bottom + DENSITY_RANGE)
     share = torch.arange(LEVELS, device=images.device, dtype=torch.float32)[:, None] / LEVELS
-    region, bar = pick_regions(coarse, bottom + (top - bottom).clamp_min(0.0) * share, scale, rules)
+    bar = pick_regions(coarse, bottom + (top - bottom).clamp_min(0.0) * share, scale, rules)
+    bar[noisy] = float("inf")
     if coarse.shape[-2:] == (height, width):
-        return region[:, None] & quiet
+        return bar[:, None].isfinite()
     # The outline is drawn again at the tile's own resolution, at the level found, at most one coarse pixel further out.
-    bar = -F.max_pool2d(-bar[:, None].clamp_max(9.0), 3, stride=1, padding=1)
-    bar = F.interpolate(bar, size=(height, width), mode="nearest")
+    bar = F.interpolate(_least_around(bar)[:, None], size=(height, width), mode="nearest")
     radius = round(0.25 / mpp)
     if radius:
         density = F.avg_pool2d(density, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
-    return (density > bar) & quiet
+    return density > bar
 
 
 @torch.no_grad()
@@ -108,9 +119,10 @@ def nuclei_mask(
     if len(distinct) <= 1:
         if images.numel() == 0:
             return torch.zeros_like(images[:, :1], dtype=torch.bool)
-        return _segment(images, float(distinct[0]), rules)
+        parts = [_segment(images[rows], float(distinct[0]), rules) for rows in chunks(len(images), images.device, 16)]
+        return torch.cat(parts)
     result = torch.zeros_like(images[:, :1], dtype=torch.bool)
     for scale in distinct.tolist():  # over the distinct scales of a batch, mostly one or two, not over its samples
         rows = (scales == scale).nonzero().flatten().to(images.device)
-        result[rows] = _segment(images[rows], scale, rules)
+        result[rows] = nuclei_mask(images[rows], scale, rules=rules)
     return result

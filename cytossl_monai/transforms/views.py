@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cytossl_monai.transforms.chunks import change_some_, chunks
 from cytossl_monai.transforms.functional import blur, jitter_stain
 from cytossl_monai.transforms.ncp_checks import check_images, check_masks, check_mpp
 from cytossl_monai.transforms.ncp_random import draw_seeds, hash_uniform
@@ -15,8 +16,6 @@ from cytossl_monai.transforms.perturbation import BatchedNCP
 from cytossl_monai.transforms.views_geometry import CropBoxes, cut_views, draw_boxes
 
 __all__ = ["ViewGenerator"]
-
-_CPU_CHUNK = 16  # samples at a time on a CPU; see ncp_core
 
 
 def _default_segmenter(images: Tensor, mpp: Tensor) -> Tensor:
@@ -217,7 +216,8 @@ class ViewGenerator(nn.Module):
                 )
             )
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}
-        for index, (view, mask) in enumerate(cut_views(tiles, masks, boxes, self.sizes)):
+        masked = {*range(self.n_global), *(self.ncp_views if perturbing else ())}
+        for index, (view, mask) in enumerate(cut_views(tiles, masks, boxes, self.sizes, masked)):
             seeds = draw_seeds(2 * batch, generator).view(2, batch)
             if perturbing and self.ncp is not None and index in self.ncp_views and mask is not None:
                 view_scale = None
@@ -234,26 +234,25 @@ class ViewGenerator(nn.Module):
     def _colour_(self, view: Tensor, seeds: Tensor) -> None:
         """Vary stains, blur, and (off by default) take colour away and solarise, in place."""
         drawn = hash_uniform(seeds, 10, 5)
-        step = _CPU_CHUNK if view.device.type == "cpu" else max(len(view), 1)
         low, high = self.blur_sigma
-        for start in range(0, len(view), step):
-            rows = torch.arange(start, min(start + step, len(view)))
-            chance = drawn[rows]
+        sigma = (low + (high - low) * drawn[:, 2]).to(torch.float32)
 
-            def hit(column: int, prob: float, rows: Tensor = rows, chance: Tensor = chance) -> Tensor:
-                return rows[chance[:, column] < prob]
+        def stain(part: Tensor, at: Tensor) -> Tensor:
+            return jitter_stain(part, torch.ones(len(at)), seeds[at], self.stain_scale, self.stain_shift)
 
-            if len(some := hit(0, self.stain_prob)):
-                at = some.to(view.device)
-                full = torch.ones(len(some))
-                view[at] = jitter_stain(view[at], full, seeds[some], self.stain_scale, self.stain_shift)
-            if len(some := hit(1, self.blur_prob)):
-                at = some.to(view.device)
-                view[at] = blur(view[at], (low + (high - low) * drawn[some, 2]).to(torch.float32))
-            if len(some := hit(3, self.grey_prob)):
-                at = some.to(view.device)
-                weights = torch.tensor([0.299, 0.587, 0.114], device=view.device).view(1, 3, 1, 1)
-                view[at] = (view[at] * weights).sum(1, keepdim=True).clamp_(0.0, 1.0).expand(-1, 3, -1, -1)
-            if len(some := hit(4, self.solarise_prob)):
-                at = some.to(view.device)
-                view[at] = torch.where(view[at] >= 0.5, 1.0 - view[at], view[at])
+        def grey(part: Tensor, _: Tensor) -> Tensor:
+            weights = torch.tensor([0.299, 0.587, 0.114], device=part.device).view(1, 3, 1, 1)
+            return (part * weights).sum(1, keepdim=True).clamp_(0.0, 1.0).expand(-1, 3, -1, -1)
+
+        def solarise(part: Tensor, _: Tensor) -> Tensor:
+            return torch.where(part >= 0.5, 1.0 - part, part)
+
+        steps = (
+            (0, self.stain_prob, stain),
+            (1, self.blur_prob, lambda part, at: blur(part, sigma[at])),
+            (3, self.grey_prob, grey),
+            (4, self.solarise_prob, solarise),
+        )
+        for rows in chunks(len(view), view.device):
+            for column, prob, change in steps:
+                change_some_(view, rows, drawn[:, column] < prob, change)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cytossl_monai.transforms.functional import blur
+from cytossl_monai.transforms.chunks import chunks
+from cytossl_monai.transforms.resampling import halve
 
 __all__ = ["CropBoxes", "cut_views", "draw_boxes"]
 
-_CPU_CHUNK = 16  # samples at a time on a CPU; see ncp_core
 _NUCLEUS_CELL = 8  # pixels a side of the cells among which the nucleus that a crop is centred on is drawn
-_ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is smoothed first; bilinear sampling alone is fine below
+_ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is halved first; bilinear sampling alone is fine below
 
 
 @dataclass
@@ -31,6 +32,10 @@ class CropBoxes:
     centre: Tensor
     size: Tensor
     axes: Tensor
+
+    def of(self, rows: Tensor | slice) -> CropBoxes:
+        """The boxes of some samples."""
+        return CropBoxes(self.centre[rows], self.size[rows], self.axes[rows])
 
 
 def draw_boxes(
@@ -86,33 +91,68 @@ def draw_boxes(
     return CropBoxes(torch.stack([centre_x, centre_y], 1), torch.stack([box_w, box_h], 1), axes)
 
 
-def _grid(boxes: CropBoxes, rows: slice, out: int, height: int, width: int, device: torch.device) -> Tensor:
-    """(n, out, out, 2) sampling positions in [-1, 1], as ``grid_sample`` takes them (``align_corners=False``)."""
+def _grid(boxes: CropBoxes, side: int, height: int, width: int, device: torch.device) -> Tensor:
+    """(n, side, side, 2) sampling positions in [-1, 1], as ``grid_sample`` takes them (``align_corners=False``)."""
     tile = torch.tensor([width, height], dtype=torch.float64)
-    middle = (2.0 * boxes.centre[rows] / tile - 1.0).to(torch.float32).to(device)
-    steps = ((boxes.size[rows] / tile).unsqueeze(-1) * boxes.axes[rows]).to(torch.float32).to(device)
-    line = (torch.arange(out, device=device, dtype=torch.float32) * 2.0 + 1.0) / out - 1.0
-    grid = torch.empty(len(middle), out, out, 2, device=device)
-    for axis in (0, 1):
-        along_x = middle[:, axis, None] + steps[:, axis, 0, None] * line
-        along_y = steps[:, axis, 1, None] * line
-        torch.add(along_x.unsqueeze(1), along_y.unsqueeze(2), out=grid[..., axis])
-    return grid
+    middle = 2.0 * boxes.centre / tile - 1.0
+    steps = (boxes.size / tile).unsqueeze(-1) * boxes.axes
+    line = ((torch.arange(side, dtype=torch.float64) * 2.0 + 1.0) / side - 1.0).view(1, -1, 1)
+    along_x = (middle.unsqueeze(1) + steps[:, None, :, 0] * line).to(torch.float32)
+    along_y = (steps[:, None, :, 1] * line).to(torch.float32)
+    # Pairs are added as complex numbers: one pass that writes in order.
+    x, y = (torch.view_as_complex(part.contiguous()).to(device) for part in (along_x, along_y))
+    return torch.view_as_real(x.unsqueeze(1) + y.unsqueeze(2))
+
+
+def _cut(pyramid: list[Tensor], boxes: CropBoxes, side: int, channels: int) -> Tensor:
+    """One view of each sample: (n, channels, side, side).
+
+    Args:
+        pyramid: (n, C, H, W) and its halves, quarters, ..., which are added where they are needed first.
+        boxes: where to cut, n of them.
+        side: of the view in pixels.
+        channels: the first so many are cut.
+    """
+    depths = torch.log2(boxes.size.amax(1) / (side * _ALIAS_FACTOR)).ceil_().clamp_(min=0).to(torch.int64)
+    device = pyramid[0].device
+    out: Tensor | None = None
+    for depth in sorted(set(depths.tolist())):  # mostly one, seldom more than two
+        while len(pyramid) <= depth:
+            pyramid.append(halve(pyramid[-1]))
+        picture = pyramid[depth][:, :channels]
+        at = (depths == depth).nonzero().squeeze(1)
+        some = len(at) < len(depths)
+        if some:
+            picture = picture.index_select(0, at.to(device))
+        height, width = (length << depth for length in picture.shape[-2:])
+        grid = _grid(boxes.of(at) if some else boxes, side, height, width, device)
+        cut = F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        if not some:
+            return cut
+        if out is None:
+            out = cut.new_empty(len(depths), channels, side, side)
+        out.index_copy_(0, at.to(device), cut)
+    return pyramid[0].new_empty(0, channels, side, side) if out is None else out
 
 
 def cut_views(
-    tiles: Tensor, masks: Tensor | None, boxes: list[CropBoxes], sizes: list[int]
+    tiles: Tensor,
+    masks: Tensor | None,
+    boxes: list[CropBoxes],
+    sizes: list[int],
+    masked: Collection[int] | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Cut several views of each tile, image and mask in one resampling.
 
-    Colours are interpolated bilinearly; tiles that are shrunk by more than 1.5 are smoothed first, so that nothing
-    aliases. A pixel of the mask is nuclear where more than half of what is interpolated is.
+    Colours are interpolated bilinearly; a tile that is shrunk by more than 1.5 is halved first, as often as it takes,
+    so that nothing aliases. A pixel of the mask is nuclear where more than half of what is interpolated is.
 
     Args:
         tiles: (B, C, H, W), uint8 or floating point in [0, 1].
         masks: (B, 1, H, W) bool; None cuts no masks.
         boxes: where to cut, one for each view.
         sizes: side of each view in pixels.
+        masked: indices of the views whose masks are wanted; None wants all.
 
     Returns:
         For each view: (B, C, side, side) float32 in [0, 1], and (B, 1, side, side) bool or None.
@@ -120,27 +160,22 @@ def cut_views(
     batch, channels, height, width = tiles.shape
     device = tiles.device
     views: list[tuple[Tensor, Tensor | None]] = []
-    for side in sizes:
-        mask = None if masks is None else torch.empty(batch, 1, side, side, dtype=torch.bool, device=device)
+    for index, side in enumerate(sizes):
+        mask = None
+        if masks is not None and (masked is None or index in masked):
+            mask = torch.empty(batch, 1, side, side, dtype=torch.bool, device=device)
         views.append((torch.empty(batch, channels, side, side, device=device), mask))
-    step = _CPU_CHUNK if device.type == "cpu" else max(batch, 1)
-    for start in range(0, batch, step):
-        rows = slice(start, min(start + step, batch))
-        colours = tiles[rows].to(torch.float32)
+    planes = channels + any(mask is not None for _, mask in views)
+    for rows in chunks(batch, device):
+        source = torch.empty(rows.stop - rows.start, planes, height, width, device=device)
+        source[:, :channels] = tiles[rows]
         if tiles.dtype == torch.uint8:
-            colours = colours.div_(255.0)
-        source = colours if masks is None else torch.cat([colours, masks[rows].to(torch.float32)], 1)
+            source[:, :channels] /= 255.0
+        if masks is not None and planes > channels:
+            source[:, channels:] = masks[rows]
+        pyramid = [source]
         for box, side, (view, mask) in zip(boxes, sizes, views, strict=True):
-            shrink = box.size[rows].amax(1) / side
-            picture = source
-            coarse = (shrink > _ALIAS_FACTOR).nonzero().squeeze(1)
-            if len(coarse):
-                picture = source.clone()
-                at = coarse.to(device)
-                sigma = 0.5 * (shrink[coarse].square() - 1.0).sqrt()
-                picture[at, :channels] = blur(colours[at], sigma.to(torch.float32))
-            grid = _grid(box, rows, side, height, width, device)
-            cut = F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
+            cut = _cut(pyramid, box.of(rows), side, channels if mask is None else planes)
             torch.clamp(cut[:, :channels], 0.0, 1.0, out=view[rows])
             if mask is not None:
                 torch.gt(cut[:, channels:], 0.5, out=mask[rows])

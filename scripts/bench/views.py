@@ -115,14 +115,17 @@ def per_sample(monai_only: bool) -> Compose:
     return Compose(steps)
 
 
-def drain(loader: DataLoader) -> float:
-    """Seconds that a pass over the loader takes after its workers have delivered their first batch."""
+def samples_a_second(loader: DataLoader, workers: int) -> float:
+    """Samples that a loader delivers a second, once its workers run.
+
+    When the first batch comes, each worker has about finished one: so many do not count.
+    """
     batches = iter(loader)
     next(batches)
     started = time.perf_counter()
     for _ in batches:
         pass
-    return time.perf_counter() - started
+    return (len(loader.dataset) - workers * (loader.batch_size or 1)) / (time.perf_counter() - started)
 
 
 def clock(work: Callable[[], Any], timer: Callable[[], float] = time.perf_counter) -> float:
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batches", type=int, default=5, help="batches a worker makes, of which one is not counted")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time, one thread, no loader")
     args = parser.parse_args()
     timer = time.process_time if args.clock == "cpu" else time.perf_counter
@@ -153,16 +157,15 @@ def main() -> None:
     n_views = 2 + N_LOCAL
 
     items = [{"image": t, "nuclei": m} for t, m in zip(tiles, nuclei)]
-    quarter = args.batch // 4
 
-    def samples_a_second(transform: Callable[..., Any]) -> float:
-        """Samples a second."""
+    def per_second(transform: Callable[..., Any]) -> float:
+        """Samples a second of a per-sample transform."""
         if args.clock == "cpu":
-            transform(dict(items[0]))
-            return quarter / clock(lambda: [transform(dict(item)) for item in items[:quarter]], timer)
-        # A quarter of a batch at a time: the first chunk, during which workers start, is not counted.
-        loader = DataLoader(Dataset(items, transform), batch_size=quarter, num_workers=args.workers)
-        return (args.batch - quarter) / drain(loader)
+            some = items[: max(1, args.batch // 4)]
+            transform(dict(some[0]))
+            return len(some) / clock(lambda: [transform(dict(item)) for item in some], timer)
+        many = Dataset(items * (args.batches * args.workers), transform)
+        return samples_a_second(DataLoader(many, batch_size=args.batch, num_workers=args.workers), args.workers)
 
     alone = {
         "ours": RandNucleiCenteredPerturbd("image", "default", mpp=MPP),
@@ -176,11 +179,11 @@ def main() -> None:
         shares.append(1 - without / with_ncp)
         timed = {
             "views batched": n_views * args.batch / with_ncp,
-            "views ours": n_views * samples_a_second(per_sample(False)),
-            "views monai": n_views * samples_a_second(per_sample(True)),
+            "views ours": n_views * per_second(per_sample(False)),
+            "views monai": n_views * per_second(per_sample(True)),
             "ncp batched": args.batch / clock(lambda: ncp(tiles, nuclei, MPP), timer),
-            "ncp ours": samples_a_second(alone["ours"]),
-            "ncp monai": samples_a_second(alone["monai"]),
+            "ncp ours": per_second(alone["ours"]),
+            "ncp monai": per_second(alone["monai"]),
         }
         for name, rate in timed.items():
             rates.setdefault(name, []).append(rate)

@@ -12,7 +12,8 @@ from scipy import ndimage
 from skimage.io import imread
 
 from cytossl_monai.transforms.nuclei import RegionRules, segment_instances
-from cytossl_monai.transforms.nuclei_batch import _label_by_spreading, label_planes, noise_levels
+from cytossl_monai.transforms.nuclei_batch import noise_levels
+from cytossl_monai.transforms.nuclei_labels import _label_by_spreading, label_planes
 from cytossl_monai.transforms.nuclei_mask import nuclear_density, nuclei_mask
 from cytossl_monai.transforms.nuclei_regions import noise_level
 

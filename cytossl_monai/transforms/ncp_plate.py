@@ -1,0 +1,169 @@
+"""The tile without its nuclei, on which perturbations work, and the way back."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight"]
+
+_MAX_MARGIN = 120  # pixels; squared distances are held in int16
+_FAR = 15_000  # a squared distance beyond any margin: 120**2 = 14_400; plus 120**2 it still fits in int16
+
+_FILL_STRIDE = 8  # pixels between the nodes of the grid from which nuclei are filled with what lies around them
+_GLASS_STRIDE = 16  # pixels a side of the blocks whose brightest is taken for glass
+_GLASS_FLOOR = 0.75  # a tile that is cells all over shows no glass: what counts as glass is at least this bright
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), float32 on the device of ``like``."""
+    return values.to(device=like.device, dtype=torch.float32).view(-1, 1, 1, 1)
+
+
+def nuclear_weight(mask: Tensor, margin: Tensor, feather: Tensor) -> Tensor:
+    """How much of the original a pixel keeps: 1 on nuclei and in their margin, then down to 0 along a smooth ramp.
+
+    The distance to the nearest nuclear pixel is the exact Euclidean one, found by two passes of a separable lower
+    envelope that looks no further than the margin reaches (Felzenszwalb and Huttenlocher, Theory of Computing 2012).
+
+    Args:
+        mask: (B, 1, H, W) bool, True on nuclei.
+        margin: (B,) pixels around a nucleus that are kept whole, >= 0.
+        feather: (B,) pixels over which the weight falls from 1 to 0 after that, >= 0.
+
+    Returns:
+        (B, 1, H, W) float32 in [0, 1]. A sample without nuclei is 0 everywhere.
+
+    Raises:
+        ValueError: if margin and feather together reach further than 120 pixels.
+    """
+    reach = float((margin + feather).max()) if len(margin) else 0.0
+    radius = math.ceil(reach)
+    if radius > _MAX_MARGIN:
+        raise ValueError(
+            f"margin_um + feather_um reach {reach:.0f} pixels; at most {_MAX_MARGIN} are allowed: "
+            "lower them or give the right mpp"
+        )
+    squared = torch.full(mask.shape, _FAR, dtype=torch.int16, device=mask.device).masked_fill_(mask, 0)
+    for dim in (2, 3):
+        source, squared = squared, squared.clone()
+        length = source.shape[dim]
+        for step in range(1, min(radius, length - 1) + 1):
+            moved = source + step * step
+            kept = length - step
+            ahead, behind = squared.narrow(dim, step, kept), squared.narrow(dim, 0, kept)
+            torch.minimum(ahead, moved.narrow(dim, 0, kept), out=ahead)
+            torch.minimum(behind, moved.narrow(dim, step, kept), out=behind)
+    distance = squared.to(torch.float32).sqrt_()
+    ramp = _column(feather, distance).clamp_min(1e-3)
+    weight = distance.neg_().add_(_column(margin, distance) + ramp).div_(ramp).clamp_(0.0, 1.0)
+    return weight.mul(weight).mul_(weight.mul_(-2.0).add_(3.0))  # smoothstep: no kink where the ramp ends
+
+
+def _pool(x: Tensor, stride: int) -> Tensor:
+    """Means of blocks; the last block of a row or column may be smaller."""
+    return F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
+
+
+def _resize(x: Tensor, height: int, width: int, factor: int) -> Tensor:
+    """Undo a pooling by ``factor``, bilinearly, to exactly (height, width)."""
+    full = F.interpolate(x, (x.shape[-2] * factor, x.shape[-1] * factor), mode="bilinear", align_corners=False)
+    return full[..., :height, :width]
+
+
+def _positions(at: Tensor, shape: torch.Size) -> Tensor:
+    """Where the pixels ``at`` of (B, 1, H, W) lie in all channels of a flattened (B, C, H, W): (C, P) int64."""
+    _, channels, height, width = shape
+    plane = height * width
+    sample = torch.div(at, plane, rounding_mode="floor")
+    return torch.arange(channels, device=at.device).unsqueeze(1) * plane + (at + sample * ((channels - 1) * plane))
+
+
+def _enlarged_at(coarse: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
+    """What ``_resize(coarse, height, width, _FILL_STRIDE)`` has at the pixels ``at`` of (B, 1, H, W): (C, P)."""
+    channels, height, width = shape[1:]
+    rows, columns = coarse.shape[-2:]
+    row = torch.div(at, width, rounding_mode="floor")
+    column = at - row * width
+    sample = torch.div(row, height, rounding_mode="floor")
+    corners, shares = [], []
+    for place, length, nodes in ((row - sample * height, height, rows), (column, width, columns)):
+        node = ((torch.arange(length, device=at.device) + 0.5) / _FILL_STRIDE - 0.5).clamp_(0, nodes - 1)
+        first = node.to(torch.int64)
+        corners.append((first[place], (first + 1).clamp_(max=nodes - 1)[place]))
+        shares.append((node - first)[place])
+    flat = coarse.contiguous().flatten()
+    base = torch.arange(channels, device=at.device).unsqueeze(1) * (rows * columns)
+    base = base + sample * (channels * rows * columns)
+    upper, lower = (base + at_row * columns for at_row in corners[0])
+    left, right = corners[1]
+    above = torch.lerp(flat[upper + left], flat[upper + right], shares[1])
+    below = torch.lerp(flat[lower + left], flat[lower + right], shares[1])
+    return torch.lerp(above, below, shares[0])
+
+
+def background_plate(image: Tensor, weight: Tensor) -> Tensor:
+    """The tile with its nuclei painted over by what lies around them.
+
+    Perturbations work on this plate, not on the tile: a blurred nucleus would leave a dark halo beside the sharp one,
+    and shuffled or swapped patches would strew pieces of nuclei about, which are the one thing that views must share.
+    Filled by a pyramid (pull-push; Gortler et al., "The Lumigraph", SIGGRAPH 1996).
+
+    Args:
+        image: (B, C, H, W) float32 in [0, 1].
+        weight: (B, 1, H, W) float32 in [0, 1], as of :func:`nuclear_weight`: 1 where the tile is painted over.
+
+    Returns:
+        (B, C, H, W) float32 in [0, 1].
+    """
+    keep = 1.0 - weight
+    levels = [(_pool(image * keep, _FILL_STRIDE), _pool(keep, _FILL_STRIDE))]
+    while max(levels[-1][1].shape[-2:]) > 1:
+        colour, known = levels[-1]
+        levels.append((_pool(colour, 2), _pool(known, 2)))
+    colour, known = levels.pop()
+    mean = image.mean(dim=(2, 3), keepdim=True)  # a tile that is nuclei all over has nothing else to be filled with
+    fill = torch.where(known > 1e-4, colour / known.clamp_min(1e-4), mean)
+    for colour, known in reversed(levels):
+        coarse = _resize(fill, known.shape[-2], known.shape[-1], 2)
+        trust = (known * 4.0).clamp_(0.0, 1.0)  # a node that sees a quarter of background stands for itself
+        fill = torch.lerp(coarse, colour / known.clamp_min(1e-4), trust)
+    out = image.clone(memory_format=torch.contiguous_format)
+    at = weight.flatten().nonzero().squeeze(1)  # few pixels are nuclear: only these are painted
+    there = _positions(at, image.shape)
+    painted = torch.lerp(image.flatten()[there], _enlarged_at(fill, at, image.shape), weight.flatten()[at])
+    out.view(-1)[there] = painted.clamp_(0.0, 1.0)
+    return out
+
+
+def keep_nuclei_(perturbed: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+    """Put the nuclei back, with their margins: ``weight * image + (1 - weight) * perturbed``.
+
+    Args:
+        perturbed: (B, C, H, W) float32 in [0, 1], contiguous; written to.
+        image: (B, C, H, W) float32 in [0, 1].
+        weight: (B, 1, H, W) float32 in [0, 1], as of :func:`nuclear_weight`.
+
+    Returns:
+        ``perturbed``, bit-identical to ``image`` where the weight is 1.
+    """
+    at = weight.flatten().nonzero().squeeze(1)
+    there = _positions(at, image.shape)
+    flat = perturbed.view(-1)
+    flat[there] = torch.lerp(flat[there], image.flatten()[there], weight.flatten()[at])
+    return perturbed
+
+
+def glass_colour(image: Tensor) -> Tensor:
+    """The colour of the empty slide: each channel's brightest block mean, and no darker than 0.75.
+
+    Args:
+        image: (B, C, H, W) float32 in [0, 1].
+
+    Returns:
+        (B, C, 1, 1) float32.
+    """
+    return _pool(image, _GLASS_STRIDE).amax(dim=(2, 3), keepdim=True).clamp_min(_GLASS_FLOOR)

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 __all__ = ["change_some_", "chunks"]
 
-# A CPU is fast as long as its caches hold what it works on: a tile of 224 px takes 0.6 MB a step. Whole batches run
-# from main memory, and every step pays for fresh pages of the system. Fewer at a time, and calling PyTorch costs more.
-_ON_CPU = 8
+# A CPU is fast as long as its caches hold what it works on. Whole batches run from main memory, and every step pays for
+# fresh pages of the system; of very few pixels at a time, calling PyTorch costs more than what it does.
+_PIXELS_ON_CPU = 8 * 224 * 224
 
 
-def chunks(batch: int, device: torch.device, on_cpu: int = _ON_CPU) -> Iterator[slice]:
-    """Parts of a batch to be worked on one after the other: all of it at once, but on a CPU.
+def chunks(images: Tensor, pixels: int = _PIXELS_ON_CPU) -> Iterator[slice]:
+    """Parts of a batch to be worked on one after the other: on a CPU a few images, elsewhere all of them.
 
     Args:
-        batch: number of samples.
-        device: where they lie.
-        on_cpu: samples at a time on a CPU.
+        images: (B, ..., H, W).
+        pixels: about so many at a time on a CPU, the channels not counted.
 
     Yields:
-        Slices that cover ``range(batch)``; nothing where it is empty.
+        Slices that cover ``range(B)``; nothing where it is empty.
     """
-    step = on_cpu if device.type == "cpu" else max(batch, 1)
+    batch, plane = len(images), images.shape[-2] * images.shape[-1]
+    step = max(1, pixels // max(1, plane)) if images.device.type == "cpu" else max(1, batch)
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 

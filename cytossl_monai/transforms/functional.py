@@ -8,6 +8,7 @@ if it were alone: what a sample becomes does not depend on its neighbours in the
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -16,11 +17,18 @@ import torch.nn.functional as F
 from skimage.color import rgb_from_hed
 from torch import Tensor
 
-from cytossl_monai.transforms.ncp_plate import background_plate, glass_colour, keep_nuclei_, nuclear_weight
+from cytossl_monai.transforms.ncp_plate import (
+    NuclearPixels,
+    background_plate,
+    glass_colour,
+    keep_nuclei_,
+    nuclear_weight,
+)
 from cytossl_monai.transforms.ncp_random import hash_noise, hash_uniform
 from cytossl_monai.transforms.resampling import double, halve
 
 __all__ = [
+    "NuclearPixels",
     "add_noise",
     "background_plate",
     "blur",
@@ -136,6 +144,15 @@ def fade(image: Tensor, amount: Tensor, colour: Tensor) -> Tensor:
     return torch.lerp(image, colour.expand_as(image), _column(amount, image))
 
 
+@functools.cache
+def _stains(channels: int) -> tuple[Tensor, Tensor]:
+    """Stain vectors as rows and their inverse, float64 (channels, channels) on the CPU."""
+    stains = (
+        torch.from_numpy(np.array(rgb_from_hed, dtype=np.float64)) if channels == 3 else torch.eye(channels).double()
+    )
+    return stains, torch.linalg.inv(stains)
+
+
 def jitter_stain(image: Tensor, amount: Tensor, seeds: Tensor, scale: float = 0.5, shift: float = 0.05) -> Tensor:
     """Vary the strength of each stain in optical density.
 
@@ -157,11 +174,9 @@ def jitter_stain(image: Tensor, amount: Tensor, seeds: Tensor, scale: float = 0.
     drawn = hash_uniform(seeds.cpu(), _STAIN_STREAM, 2 * channels).mul_(2.0).sub_(1.0)
     drawn *= amount.to(device="cpu", dtype=torch.float64).unsqueeze(1)
     gains, shifts = 1.0 + scale * drawn[:, :channels], shift * math.log(10.0) * drawn[:, channels:]
-    stains = (
-        torch.from_numpy(np.array(rgb_from_hed, dtype=np.float64)) if channels == 3 else torch.eye(channels).double()
-    )
+    stains, inverse = _stains(channels)
     # Row vectors: density @ inverse = concentrations; (concentrations * gain + shift) @ stains = new density.
-    matrix = (torch.linalg.inv(stains) * gains.unsqueeze(1)) @ stains
+    matrix = (inverse * gains.unsqueeze(1)) @ stains
     matrix, bias = matrix.to(image.device, torch.float32), (shifts @ stains).to(image.device, torch.float32)
     log = image.clamp_min(_MIN_TRANSMISSION).log_().flatten(2)
     with torch.autocast(image.device.type, enabled=False):  # which would multiply in half precision

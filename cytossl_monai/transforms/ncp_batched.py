@@ -79,6 +79,7 @@ class BatchedNCP(nn.Module):
         generator: torch.Generator | None = None,
         seeds: Tensor | None = None,
         check: bool = True,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Perturb a batch.
 
@@ -90,13 +91,15 @@ class BatchedNCP(nn.Module):
             seeds: (B,) int64, one a sample, in place of the generator. The same seed perturbs the same tile in the
                 same way in any batch; only which tile ``swap`` takes its background from depends on the batch.
             check: look at the values of images and masks first, which makes a GPU wait. Shapes are looked at always.
+            out: where to write, contiguous and of the shape, dtype and device of ``images``, which may be it; None
+                makes a new tensor.
 
         Returns:
-            A new tensor of the shape (``"drop"``: with fewer samples), dtype and device of ``images``; nuclear pixels
-            are bit-identical.
+            The shape (``"drop"``: with fewer samples), dtype and device of ``images``; nuclear pixels are
+            bit-identical.
 
         Raises:
-            ValueError: for images, masks, ``mpp`` or seeds that do not fit; the message names which.
+            ValueError: for images, masks, ``mpp``, seeds or ``out`` that do not fit; the message names which.
         """
         if check or not isinstance(images, Tensor) or images.ndim != 4:
             check_images(images)
@@ -111,9 +114,16 @@ class BatchedNCP(nn.Module):
             raise ValueError(
                 f"seeds is {seeds.dtype} of the shape {tuple(seeds.shape)}; allowed is int64 of the shape ({batch},)"
             )
+        if out is not None and (
+            (out.shape, out.dtype, out.device) != (images.shape, images.dtype, images.device) or not out.is_contiguous()
+        ):
+            raise ValueError(
+                f"out is {out.dtype} of the shape {tuple(out.shape)} on {out.device}; allowed is a contiguous "
+                f"{images.dtype} of the shape {tuple(images.shape)} on {images.device}"
+            )
         if batch == 0:
             return images.clone()
-        out = perturb(images, masks, scale, self.settings.draw(seeds), self.settings)
+        out = perturb(images, masks, scale, self.settings.draw(seeds), self.settings, out=out)
         return out[self.kept(masks)] if self.drop else out
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def perturb(
     settings: NCPSettings,
     donors: Tensor | None = None,
     donor_masks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Perturb all but the nuclei: ``a * image + (1 - a) * P(background)``.
 
@@ -46,22 +49,58 @@ def perturb(
         donors: (D, C, H, W), like ``images``: where ``draw.donor`` points to; None is ``images`` itself.
         donor_masks: (D, 1, H, W) bool: the donors' nuclei, which are painted over; None is ``masks`` where ``donors``
             is None, and no nuclei otherwise.
+        out: where to write, like ``images`` and contiguous; ``images`` itself is allowed. None makes a new tensor.
 
     Returns:
-        A new tensor of the images' shape, dtype and device; nuclear pixels are bit-identical to the input's.
+        ``out``; nuclear pixels are bit-identical to the input's.
     """
-    out = images.clone(memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(images, memory_format=torch.contiguous_format)
     if donors is None:
         donors, donor_masks = images, masks
     active = draw.active()
     if settings.empty == "keep":
         active &= masks.flatten(1).any(1).cpu()
-    for part in chunks(len(images), images.device):
+    given = _given(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
+    for part in chunks(images):
         rows = active[part].nonzero().squeeze(1) + part.start
+        if len(rows) < part.stop - part.start and out is not images:
+            out[part] = images[part]
         if len(rows):
             at = rows.to(images.device)
-            out.index_copy_(0, at, _perturb_part(images, masks, mpp, draw, settings, donors, donor_masks, rows))
+            out.index_copy_(0, at, _perturb_part(images, masks, mpp, draw, settings, given, rows))
     return out
+
+
+@dataclass
+class _Given:
+    """The backgrounds that ``swap`` takes: (n, C, H, W) float32, and which of them is whose, (B,) int64 on the CPU."""
+
+    plates: Tensor
+    place: Tensor
+
+
+def _weight(masks: Tensor, mpp: Tensor, settings: NCPSettings) -> Tensor:
+    """:func:`functional.nuclear_weight` with lengths in micrometres."""
+    return ncp.nuclear_weight(masks, settings.margin_um / mpp, settings.feather_um / mpp)
+
+
+def _given(
+    mpp: Tensor, draw: Draw, settings: NCPSettings, donors: Tensor, donor_masks: Tensor | None, active: Tensor
+) -> _Given | None:
+    """Backgrounds for the samples that take another's; None where none does."""
+    if "swap" not in draw.amounts:
+        return None
+    rows = (active & (draw.amounts["swap"] > 0)).nonzero().squeeze(1)
+    giver = draw.donor[rows].to(donors.device)
+    plates = _unit(donors.index_select(0, giver))
+    if donor_masks is not None:
+        for part in chunks(plates):
+            nuclei = donor_masks.index_select(0, giver[part])
+            plates[part] = ncp.background_plate(plates[part], _weight(nuclei, mpp[rows[part]], settings))
+    place = torch.zeros(len(mpp), dtype=torch.int64)
+    place[rows] = torch.arange(len(rows))
+    return _Given(plates, place)
 
 
 def _perturb_part(
@@ -70,8 +109,7 @@ def _perturb_part(
     mpp: Tensor,
     draw: Draw,
     settings: NCPSettings,
-    donors: Tensor,
-    donor_masks: Tensor | None,
+    given: _Given | None,
     rows: Tensor,
 ) -> Tensor:
     """:func:`perturb` for the samples ``rows`` ((n,) int64 on the CPU), each of which at least one op acts on."""
@@ -81,12 +119,9 @@ def _perturb_part(
     unit = _unit(original)
     mpp, seeds = mpp[rows], draw.seeds[rows]
     amounts = {name: amount[rows] for name, amount in draw.amounts.items()}
-
-    def weight_of(nuclei: Tensor, scale: Tensor) -> Tensor:
-        return ncp.nuclear_weight(nuclei, settings.margin_um / scale, settings.feather_um / scale)
-
-    weight = weight_of(mask, mpp)
-    plate = ncp.background_plate(unit, weight)
+    weight = _weight(mask, mpp, settings)
+    pixels = ncp.NuclearPixels.of(weight, unit.shape[1])
+    plate = ncp.background_plate(unit, weight, pixels)
     # Of the plate as it is before anything is done to it.
     colour = ncp.glass_colour(plate) if any(bool((amounts[n] > 0).any()) for n in _GLASS_OPS & amounts.keys()) else None
     for name, amount in amounts.items():
@@ -96,12 +131,9 @@ def _perturb_part(
         at = drawn.to(device)
         here = plate.index_select(0, at) if len(drawn) < len(plate) else plate
         much, seed, scale = amount[drawn], seeds[drawn], mpp[drawn]
-        if name == "swap":
-            giver = draw.donor[rows[drawn]].to(device)
-            given = _unit(donors.index_select(0, giver))
-            if donor_masks is not None:
-                given = ncp.background_plate(given, weight_of(donor_masks.index_select(0, giver), scale))
-            here = ncp.swap_background(here, given, much)
+        if name == "swap" and given is not None:
+            theirs = given.plates.index_select(0, given.place[rows[drawn]].to(device))
+            here = ncp.swap_background(here, theirs, much)
         elif name == "shuffle":
             here = ncp.shuffle_patches(here, settings.patch_um / scale, much, seed)
         elif name == "stain":
@@ -117,7 +149,7 @@ def _perturb_part(
         else:
             raise ValueError(f"draw names an unknown op {name!r}")
         plate = plate.index_copy_(0, at, here) if len(drawn) < len(plate) else here
-    mixed = _like(ncp.keep_nuclei_(plate, unit, weight), images.dtype)
+    mixed = _like(ncp.keep_nuclei_(plate, unit, pixels), images.dtype)
     if images.dtype in (torch.uint8, torch.float32):  # whose values survived the way there and back
         return mixed
     return torch.where(mask, original, mixed)

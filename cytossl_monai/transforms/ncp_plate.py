@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight"]
+__all__ = ["NuclearPixels", "background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight"]
 
 _MAX_MARGIN = 120  # pixels; squared distances are held in int16
 _FAR = 15_000  # a squared distance beyond any margin: 120**2 = 14_400; plus 120**2 it still fits in int16
+_SMALL_MARGIN = 11  # pixels up to which uint8 will do, which is faster
+_SMALL_FAR = 125  # 11**2 = 121; plus 11**2 it still fits
 
 _FILL_STRIDE = 8  # pixels between the nodes of the grid from which nuclei are filled with what lies around them
 _GLASS_STRIDE = 16  # pixels a side of the blocks whose brightest is taken for glass
@@ -47,12 +50,14 @@ def nuclear_weight(mask: Tensor, margin: Tensor, feather: Tensor) -> Tensor:
             f"margin_um + feather_um reach {reach:.0f} pixels; at most {_MAX_MARGIN} are allowed: "
             "lower them or give the right mpp"
         )
-    squared = torch.full(mask.shape, _FAR, dtype=torch.int16, device=mask.device).masked_fill_(mask, 0)
+    dtype, far = (torch.uint8, _SMALL_FAR) if radius <= _SMALL_MARGIN else (torch.int16, _FAR)
+    squared = (~mask).to(dtype).mul_(far)
+    moved = torch.empty_like(squared)
     for dim in (2, 3):
         source, squared = squared, squared.clone()
         length = source.shape[dim]
         for step in range(1, min(radius, length - 1) + 1):
-            moved = source + step * step
+            torch.add(source, step * step, out=moved)
             kept = length - step
             ahead, behind = squared.narrow(dim, step, kept), squared.narrow(dim, 0, kept)
             torch.minimum(ahead, moved.narrow(dim, 0, kept), out=ahead)
@@ -63,7 +68,7 @@ def nuclear_weight(mask: Tensor, margin: Tensor, feather: Tensor) -> Tensor:
     return weight.mul(weight).mul_(weight.mul_(-2.0).add_(3.0))  # smoothstep: no kink where the ramp ends
 
 
-def _pool(x: Tensor, stride: int) -> Tensor:
+def _pool(x: Tensor, stride: int | tuple[int, int]) -> Tensor:
     """Means of blocks; the last block of a row or column may be smaller."""
     return F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
 
@@ -74,12 +79,29 @@ def _resize(x: Tensor, height: int, width: int, factor: int) -> Tensor:
     return full[..., :height, :width]
 
 
-def _positions(at: Tensor, shape: torch.Size) -> Tensor:
-    """Where the pixels ``at`` of (B, 1, H, W) lie in all channels of a flattened (B, C, H, W): (C, P) int64."""
-    _, channels, height, width = shape
-    plane = height * width
-    sample = torch.div(at, plane, rounding_mode="floor")
-    return torch.arange(channels, device=at.device).unsqueeze(1) * plane + (at + sample * ((channels - 1) * plane))
+@dataclass(frozen=True)
+class NuclearPixels:
+    """The pixels that are painted over and put back: few of a tile's, so both are done pixel by pixel.
+
+    Attributes:
+        at: (P,) int64, their positions in the flattened (B, 1, H, W) weight.
+        there: (C, P) int64, the same in the flattened (B, C, H, W) images.
+        weight: (P,) float32, more than 0.
+    """
+
+    at: Tensor
+    there: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, channels: int) -> NuclearPixels:
+        """Those of a weight, (B, 1, H, W) float32 as of :func:`nuclear_weight`."""
+        plane = weight.shape[-2] * weight.shape[-1]
+        flat = weight.flatten()
+        at = flat.nonzero().squeeze(1)
+        sample = torch.div(at, plane, rounding_mode="floor")
+        channel = torch.arange(channels, device=at.device).unsqueeze(1)
+        return cls(at, channel * plane + (at + sample * ((channels - 1) * plane)), flat[at])
 
 
 def _enlarged_at(coarse: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
@@ -105,7 +127,7 @@ def _enlarged_at(coarse: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
     return torch.lerp(above, below, shares[0])
 
 
-def background_plate(image: Tensor, weight: Tensor) -> Tensor:
+def background_plate(image: Tensor, weight: Tensor, pixels: NuclearPixels | None = None) -> Tensor:
     """The tile with its nuclei painted over by what lies around them.
 
     Perturbations work on this plate, not on the tile: a blurred nucleus would leave a dark halo beside the sharp one,
@@ -115,12 +137,16 @@ def background_plate(image: Tensor, weight: Tensor) -> Tensor:
     Args:
         image: (B, C, H, W) float32 in [0, 1].
         weight: (B, 1, H, W) float32 in [0, 1], as of :func:`nuclear_weight`: 1 where the tile is painted over.
+        pixels: those of the weight, where they are known already.
 
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
     keep = 1.0 - weight
-    levels = [(_pool(image * keep, _FILL_STRIDE), _pool(keep, _FILL_STRIDE))]
+    # Of means over 8 x 8 pixels, every second row tells as much.
+    some = keep[..., ::2, :]
+    stride = (_FILL_STRIDE // 2, _FILL_STRIDE)
+    levels = [(_pool(image[..., ::2, :] * some, stride), _pool(some, stride))]
     while max(levels[-1][1].shape[-2:]) > 1:
         colour, known = levels[-1]
         levels.append((_pool(colour, 2), _pool(known, 2)))
@@ -132,28 +158,26 @@ def background_plate(image: Tensor, weight: Tensor) -> Tensor:
         trust = (known * 4.0).clamp_(0.0, 1.0)  # a node that sees a quarter of background stands for itself
         fill = torch.lerp(coarse, colour / known.clamp_min(1e-4), trust)
     out = image.clone(memory_format=torch.contiguous_format)
-    at = weight.flatten().nonzero().squeeze(1)  # few pixels are nuclear: only these are painted
-    there = _positions(at, image.shape)
-    painted = torch.lerp(image.flatten()[there], _enlarged_at(fill, at, image.shape), weight.flatten()[at])
-    out.view(-1)[there] = painted.clamp_(0.0, 1.0)
+    pixels = NuclearPixels.of(weight, image.shape[1]) if pixels is None else pixels
+    painted = _enlarged_at(fill, pixels.at, image.shape)
+    flat = out.view(-1)
+    flat[pixels.there] = torch.lerp(flat[pixels.there], painted, pixels.weight).clamp_(0.0, 1.0)
     return out
 
 
-def keep_nuclei_(perturbed: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+def keep_nuclei_(perturbed: Tensor, image: Tensor, pixels: NuclearPixels) -> Tensor:
     """Put the nuclei back, with their margins: ``weight * image + (1 - weight) * perturbed``.
 
     Args:
         perturbed: (B, C, H, W) float32 in [0, 1], contiguous; written to.
         image: (B, C, H, W) float32 in [0, 1].
-        weight: (B, 1, H, W) float32 in [0, 1], as of :func:`nuclear_weight`.
+        pixels: those that are nuclear or near to it, with their weights.
 
     Returns:
         ``perturbed``, bit-identical to ``image`` where the weight is 1.
     """
-    at = weight.flatten().nonzero().squeeze(1)
-    there = _positions(at, image.shape)
     flat = perturbed.view(-1)
-    flat[there] = torch.lerp(flat[there], image.flatten()[there], weight.flatten()[at])
+    flat[pixels.there] = torch.lerp(flat[pixels.there], image.flatten()[pixels.there], pixels.weight)
     return perturbed
 
 

@@ -13,7 +13,7 @@ from cytossl_monai.transforms.functional import blur, jitter_stain
 from cytossl_monai.transforms.ncp_checks import check_images, check_masks, check_mpp
 from cytossl_monai.transforms.ncp_random import draw_seeds, hash_uniform
 from cytossl_monai.transforms.perturbation import BatchedNCP
-from cytossl_monai.transforms.views_geometry import CropBoxes, cut_views, draw_boxes
+from cytossl_monai.transforms.views_geometry import CropBoxes, cut_views, draw_boxes, nuclear_cells
 
 __all__ = ["ViewGenerator"]
 
@@ -195,6 +195,8 @@ class ViewGenerator(nn.Module):
         device = "cpu" if generator is None else generator.device
         boxes: list[CropBoxes] = []
         anchor: Tensor | None = None
+        centred = masks is not None and max(self.nucleus_prob, self.same_nucleus_prob) > 0
+        cells = nuclear_cells(masks) if masks is not None and centred else None
         for index in range(len(self.sizes)):
             drawn = torch.rand(batch, 10, generator=generator, dtype=torch.float64, device=device).cpu()
             is_global = index < self.n_global
@@ -211,7 +213,7 @@ class ViewGenerator(nn.Module):
                     self.ratio,
                     self.flip,
                     self.turn,
-                    masks,
+                    cells,
                     self.same_nucleus_prob if is_global else self.nucleus_prob,
                 )
             )
@@ -224,7 +226,7 @@ class ViewGenerator(nn.Module):
                 if scale is not None:  # a crop that is enlarged shows fewer micrometres a pixel
                     zoom = boxes[index].size.prod(1).sqrt() / self.sizes[index]
                     view_scale = (scale * zoom).to(torch.float32)
-                view = self.ncp(view, mask, view_scale, seeds=seeds[0], check=False)
+                view = self.ncp(view, mask, view_scale, seeds=seeds[0], check=False, out=view)
             self._colour_(view, seeds[1])
             out["global" if index < self.n_global else "local"].append(view)
             if index < self.n_global and mask is not None:
@@ -253,6 +255,6 @@ class ViewGenerator(nn.Module):
             (3, self.grey_prob, grey),
             (4, self.solarise_prob, solarise),
         )
-        for rows in chunks(len(view), view.device):
+        for rows in chunks(view):
             for column, prob, change in steps:
                 change_some_(view, rows, drawn[:, column] < prob, change)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cytossl_monai.transforms.chunks import chunks
 from cytossl_monai.transforms.resampling import halve
 
-__all__ = ["CropBoxes", "cut_views", "draw_boxes"]
+__all__ = ["CropBoxes", "cut_views", "draw_boxes", "nuclear_cells"]
 
 _NUCLEUS_CELL = 8  # pixels a side of the cells among which the nucleus that a crop is centred on is drawn
 _ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is halved first; bilinear sampling alone is fine below
@@ -38,6 +38,18 @@ class CropBoxes:
         return CropBoxes(self.centre[rows], self.size[rows], self.axes[rows])
 
 
+def nuclear_cells(nuclei: Tensor) -> Tensor:
+    """Which cells of 8 x 8 pixels hold a part of a nucleus.
+
+    Args:
+        nuclei: (B, 1, H, W) bool.
+
+    Returns:
+        (B, ceil(H / 8), ceil(W / 8)) float32 on the CPU, 1 or 0.
+    """
+    return F.max_pool2d(nuclei.to(torch.float32), _NUCLEUS_CELL, ceil_mode=True)[:, 0].cpu()
+
+
 def draw_boxes(
     drawn: Tensor,
     height: int,
@@ -46,7 +58,7 @@ def draw_boxes(
     ratio: tuple[float, float],
     flip: bool = True,
     turn: bool = True,
-    nuclei: Tensor | None = None,
+    cells: Tensor | None = None,
     nucleus_prob: float = 0.0,
 ) -> CropBoxes:
     """Draw a crop a sample.
@@ -59,7 +71,7 @@ def draw_boxes(
         ratio: least and largest width to height.
         flip: mirror half of the samples.
         turn: turn by 0, 90, 180 or 270 degrees, each as likely.
-        nuclei: (B, 1, H, W) bool, to centre crops on.
+        cells: as of :func:`nuclear_cells`, to centre crops on nuclei.
         nucleus_prob: part of the crops that are centred on a nucleus, as far as the tile's border allows. A tile
             without nuclei is cut anywhere.
 
@@ -72,8 +84,7 @@ def draw_boxes(
     box_h = (area / box_w).clamp(1.0, height)
     centre_x = box_w / 2 + (width - box_w) * drawn[:, 2]
     centre_y = box_h / 2 + (height - box_h) * drawn[:, 3]
-    if nuclei is not None and nucleus_prob > 0.0:
-        cells = F.max_pool2d(nuclei.to(torch.float32), _NUCLEUS_CELL, ceil_mode=True)[:, 0].cpu()
+    if cells is not None and nucleus_prob > 0.0:
         across = cells.shape[-1]
         running = cells.flatten(1).to(torch.float64).cumsum(1)
         total = running[:, -1:]
@@ -166,7 +177,7 @@ def cut_views(
             mask = torch.empty(batch, 1, side, side, dtype=torch.bool, device=device)
         views.append((torch.empty(batch, channels, side, side, device=device), mask))
     planes = channels + any(mask is not None for _, mask in views)
-    for rows in chunks(batch, device):
+    for rows in chunks(tiles):
         source = torch.empty(rows.stop - rows.start, planes, height, width, device=device)
         source[:, :channels] = tiles[rows]
         if tiles.dtype == torch.uint8:

@@ -81,3 +81,26 @@ def test_empty_tiles_are_kept_perturbed_or_dropped() -> None:
     assert not torch.equal(BatchedNCP(noise, empty="perturb")(tiles, masks, 0.5)[2], tiles[2])
     assert BatchedNCP(noise, empty="drop")(tiles, masks, 0.5).shape[0] == 3
     assert BatchedNCP.kept(masks).tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_writing_over_the_input_gives_the_same(dtype: torch.dtype) -> None:
+    images = torch.rand(20, 3, 33, 40)
+    images = images.mul(255).to(dtype) if dtype == torch.uint8 else images.to(dtype)
+    masks = torch.rand(20, 1, 33, 40) < 0.05
+    masks[3] = False
+    # Every other sample's background is taken by some: none may be read after it was written to.
+    ncp = BatchedNCP({"swap": {"prob": 0.7, "strength": 1.0}, "fade": {"prob": 0.5, "strength": 1.0}})
+    seeds = torch.arange(20)
+    expected = ncp(images, masks, 0.5, seeds=seeds)
+    copy = images.clone()
+    assert ncp(copy, masks, 0.5, seeds=seeds, out=copy) is copy
+    assert torch.equal(copy, expected)
+    assert not torch.equal(copy, images)
+
+
+def test_an_unfit_place_to_write_to_is_refused() -> None:
+    images, masks = torch.rand(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    for out in (torch.empty(2, 3, 8, 9), torch.empty(2, 3, 8, 8, dtype=torch.float64), images.transpose(2, 3)):
+        with pytest.raises(ValueError, match="out is"):
+            BatchedNCP()(images, masks, 0.5, out=out)

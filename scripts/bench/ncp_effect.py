@@ -213,8 +213,9 @@ def main() -> None:
         lines.append((name, *measure(pretrain(train, ops, args.steps, args.batch, args.seed), probe)))
     for line in lines:
         report(*line)
-    before, after = lines[2][1], lines[3][1]
-    report("difference, paired", after - before)
+    without = lines[2][1]
+    for name, share, _ in lines[3:]:
+        report(f"{name} less without", share - without)
 
 
 if __name__ == "__main__":

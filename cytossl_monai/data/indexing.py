@@ -22,6 +22,7 @@ from cytossl_monai.data.tile_index import COLUMNS, VERSION, TileIndex
 from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.plain_errors import failure
 from cytossl_monai.utils.report import RunReport
 
 __all__ = ["EmptySlideError", "IndexSettings", "SlideIndexer", "index_slide", "index_slides", "index_to_file"]
@@ -228,7 +229,7 @@ def index_slides(
         if isinstance(outcome.error, EmptySlideError):
             report.add(record.slide_id, "empty", str(outcome.error))
         elif outcome.error is not None:
-            report.add(record.slide_id, "failed", _sentence(outcome.error))
+            report.add(record.slide_id, "failed", failure(outcome.error))
         else:
             report.add(record.slide_id, *outcome.unwrap())
     report.save()
@@ -297,17 +298,6 @@ def _why_empty(record: SlideRecord, index: TileIndex) -> str:
         f"{record.path} is empty of cells: {found}; check the slide and its mpp ({index.level0_mpp:g}), "
         "or loosen the thresholds of the index"
     )
-
-
-def _sentence(error: Exception) -> str:
-    from cytossl_monai.utils.errors import InputError
-    from cytossl_monai.utils.parallel import WorkerDiedError
-
-    if isinstance(error, (InputError, WorkerDiedError)):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or ''}".strip(": ")
-    return f"{type(error).__name__}: {error}"
 
 
 class SlideIndexer:

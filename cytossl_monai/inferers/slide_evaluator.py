@@ -25,9 +25,9 @@ from cytossl_monai.inferers.embedder import (
     read_ahead,
     warn_of_tile_size,
 )
-from cytossl_monai.inferers.slide_input import failure
 from cytossl_monai.networks.nets.encoders import Encoder, encoder_hash
 from cytossl_monai.utils.parallel import default_workers
+from cytossl_monai.utils.plain_errors import failure
 from cytossl_monai.utils.report import RunReport
 
 __all__ = ["AheadLoader", "SlideEvaluator"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import re
@@ -19,13 +18,12 @@ from cytossl_monai.data.foreground import InkRules
 from cytossl_monai.data.indexing import EmptySlideError, IndexSettings, index_to_file
 from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
 from cytossl_monai.data.tile_index import TileIndex
-from cytossl_monai.utils.errors import InputError, TableError
+from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import file_fingerprint
-from cytossl_monai.utils.parallel import WorkerDiedError, default_workers, run_parallel
+from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.plain_errors import failure
 
-__all__ = ["SUFFIXES", "IndexSlided", "failure", "slide_items", "slide_records"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["SUFFIXES", "IndexSlided", "slide_items", "slide_records"]
 
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".dcm", ".png", ".jpg")
 """What counts as a slide where a folder is given; anything that opens is taken where a path is given."""
@@ -88,14 +86,6 @@ def slide_items(
         {"slide_id": record.slide_id, "image": str(record.path), "record": record}
         for record in slide_records(slide, slides, folder, mpp)
     ]
-
-
-def failure(error: Exception) -> str:
-    """What a report says of an error: the sentence where the input is wrong, else the error's kind too, and a log."""
-    if isinstance(error, (InputError, OSError, WorkerDiedError)):
-        return str(error)
-    logger.error("unexpected error", exc_info=error)
-    return f"{type(error).__name__}: {error}; this is a fault of the program, the log has its traceback"
 
 
 class IndexSlided(Transform):

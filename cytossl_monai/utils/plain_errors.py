@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from types import TracebackType
 
 from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.parallel import WorkerDiedError
 
-__all__ = ["TRACEBACK", "input_error", "plain_errors"]
+__all__ = ["TRACEBACK", "failure", "input_error", "plain_errors"]
+
+logger = logging.getLogger(__name__)
 
 TRACEBACK = "CYTOSSL_TRACEBACK"
 """Environment variable; where it is set, tracebacks are shown all the same."""
@@ -23,6 +27,16 @@ def input_error(error: BaseException | None) -> InputError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def failure(error: Exception) -> str:
+    """What a report says of an error: the sentence where the input is wrong, else the error's kind too, and a log."""
+    if isinstance(error, (InputError, WorkerDiedError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".strip(": ")
+    logger.error("unexpected error", exc_info=error)
+    return f"{type(error).__name__}: {error}; this is a fault of the program, the log has its traceback"
 
 
 def plain_errors() -> None:

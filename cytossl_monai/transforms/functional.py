@@ -1,9 +1,9 @@
 """Batched kernels of Nuclei-Centered Perturbation and of the views.
 
 Every kernel takes float32 images (B, C, H, W) in [0, 1] with C = 3 (RGB) or 1 (grey) and one parameter a sample, works
-on the images' device, has no loop over samples and never writes to its input. Those that need space-filling random
-numbers take one integer seed a sample (see :mod:`cytossl_monai.transforms.ncp_random`). All of them treat a sample as
-if it were alone: what a sample becomes does not depend on its neighbours in the batch.
+on the images' device, has no loop over samples and, but for ``keep_nuclei_``, never writes to its input. Those that
+need space-filling random numbers take one integer seed a sample (see :mod:`cytossl_monai.transforms.ncp_random`). All
+of them treat a sample as if it were alone: what a sample becomes does not depend on its neighbours in the batch.
 """
 
 from __future__ import annotations

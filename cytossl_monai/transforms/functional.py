@@ -178,10 +178,15 @@ def jitter_stain(image: Tensor, amount: Tensor, seeds: Tensor, scale: float = 0.
     # Row vectors: density @ inverse = concentrations; (concentrations * gain + shift) @ stains = new density.
     matrix = (inverse * gains.unsqueeze(1)) @ stains
     matrix, bias = matrix.to(image.device, torch.float32), (shifts @ stains).to(image.device, torch.float32)
-    log = image.clamp_min(_MIN_TRANSMISSION).log_().flatten(2)
-    with torch.autocast(image.device.type, enabled=False):  # which would multiply in half precision
-        mixed = torch.baddbmm(bias.neg_().unsqueeze(2), matrix.transpose(1, 2), log)
-    return mixed.exp_().clamp_(max=1.0).view_as(image)
+    log = image.clamp_min(_MIN_TRANSMISSION).log_()
+    out = torch.empty_like(image, memory_format=torch.contiguous_format)
+    # No matrix product: its bits depend on the size of the batch.
+    for target in range(channels):
+        mixed = out[:, target]
+        torch.addcmul(-bias[:, target].view(-1, 1, 1), log[:, 0], matrix[:, 0, target].view(-1, 1, 1), out=mixed)
+        for source in range(1, channels):
+            mixed.addcmul_(log[:, source], matrix[:, source, target].view(-1, 1, 1))
+    return out.exp_().clamp_(max=1.0)
 
 
 def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tensor) -> Tensor:

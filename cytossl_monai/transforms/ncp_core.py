@@ -56,6 +56,9 @@ def perturb(
     """
     if out is None:
         out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    in_place, result = out is images, out
+    # A MetaTensor takes its metadata through every operation, which costs more than most of them.
+    images, masks, out = (x.as_subclass(Tensor) for x in (images, masks, out))
     if donors is None:
         donors, donor_masks = images, masks
     active = draw.active()
@@ -64,12 +67,12 @@ def perturb(
     given = _given(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
     for part in chunks(images):
         rows = active[part].nonzero().squeeze(1) + part.start
-        if len(rows) < part.stop - part.start and out is not images:
+        if len(rows) < part.stop - part.start and not in_place:
             out[part] = images[part]
         if len(rows):
             at = rows.to(images.device)
             out.index_copy_(0, at, _perturb_part(images, masks, mpp, draw, settings, given, rows))
-    return out
+    return result
 
 
 @dataclass
@@ -93,7 +96,7 @@ def _given(
         return None
     rows = (active & (draw.amounts["swap"] > 0)).nonzero().squeeze(1)
     giver = draw.donor[rows].to(donors.device)
-    plates = _unit(donors.index_select(0, giver))
+    plates = _unit(donors.as_subclass(Tensor).index_select(0, giver))
     if donor_masks is not None:
         for part in chunks(plates):
             nuclei = donor_masks.index_select(0, giver[part])

@@ -110,6 +110,7 @@ def nuclei_mask(
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape (B, 3, H, W) or (B, 1, H, W), not {tuple(images.shape)}.")
+    images = images.as_subclass(torch.Tensor)
     scales = torch.as_tensor(mpp, dtype=torch.float64).detach().cpu().reshape(-1)
     if scales.numel() not in (1, images.shape[0]):
         raise ValueError(f"mpp has {scales.numel()} values for {images.shape[0]} images; give one for all or one each.")

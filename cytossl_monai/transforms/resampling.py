@@ -38,12 +38,12 @@ def double(image: Tensor, height: int, width: int) -> Tensor:
     """
     batch, channels, rows, columns = image.shape
     # Columns first, while there are few rows: they are written with gaps, which is slow.
-    wide = image.new_empty(batch, channels, rows, columns, 2)
+    wide = torch.empty(batch, channels, rows, columns, 2, dtype=image.dtype, device=image.device)
     torch.lerp(image[..., 1:], image[..., :-1], 0.25, out=wide[..., 1:, 0])
     torch.lerp(image[..., :-1], image[..., 1:], 0.25, out=wide[..., :-1, 1])
     wide[..., 0, 0], wide[..., -1, 1] = image[..., 0], image[..., -1]
     wide = wide.view(batch, channels, rows, 2 * columns)
-    tall = image.new_empty(batch, channels, rows, 2, 2 * columns)
+    tall = torch.empty(batch, channels, rows, 2, 2 * columns, dtype=image.dtype, device=image.device)
     torch.lerp(wide[:, :, 1:], wide[:, :, :-1], 0.25, out=tall[:, :, 1:, 0])
     torch.lerp(wide[:, :, :-1], wide[:, :, 1:], 0.25, out=tall[:, :, :-1, 1])
     tall[:, :, 0, 0], tall[:, :, -1, 1] = wide[:, :, 0], wide[:, :, -1]

@@ -177,11 +177,13 @@ class ViewGenerator(nn.Module):
             ValueError: for tiles, masks or ``mpp`` that do not fit; the message names which.
         """
         check_images(tiles, "tiles")
+        tiles = tiles.as_subclass(Tensor)  # views are cut anew: a MetaTensor's affine is not theirs
         perturbing = self.ncp is not None and self.ncp.settings.prob > 0 and bool(self.ncp_views)
         if masks is not None:
             masks = check_masks(masks, tiles)
         elif self.find_nuclei:
             masks = self.segmenter(tiles, check_mpp(mpp, len(tiles)).to(tiles.device))
+        masks = None if masks is None else masks.as_subclass(Tensor)
         scale = None if mpp is None else check_mpp(mpp, len(tiles))
         kept = torch.arange(len(tiles), device=tiles.device)
         if self.drop_empty and masks is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from cytossl_monai.transforms.ncp_settings import OP_NAMES, PRESETS
 from cytossl_monai.transforms.perturbation import BatchedNCP
@@ -104,3 +105,20 @@ def test_an_unfit_place_to_write_to_is_refused() -> None:
     for out in (torch.empty(2, 3, 8, 9), torch.empty(2, 3, 8, 8, dtype=torch.float64), images.transpose(2, 3)):
         with pytest.raises(ValueError, match="out is"):
             BatchedNCP()(images, masks, 0.5, out=out)
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_metatensors_are_taken_and_given_back(op: str) -> None:
+    images, masks = tiles_and_masks()
+    ncp = BatchedNCP({op: {"prob": 1.0, "strength": 1.0}})
+    seeds = torch.arange(len(images))
+    expected = ncp(images, masks, 0.5, seeds=seeds)
+    for source in (images, images.float() / 255):
+        with_meta = MetaTensor(source, affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0])), meta={"slide_id": "a"})
+        out = ncp(with_meta, MetaTensor(masks), 0.5, seeds=seeds)
+        assert isinstance(out, MetaTensor)
+        assert torch.equal(out.affine, with_meta.affine)
+        assert out.meta["slide_id"] == "a"
+        plain = ncp(source, masks, 0.5, seeds=seeds)
+        assert torch.equal(out.as_tensor(), plain)
+    assert not torch.equal(expected, images)

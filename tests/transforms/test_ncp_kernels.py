@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from scipy import ndimage, stats
 from skimage.color import rgb_from_hed
 
@@ -170,3 +171,48 @@ def test_noise_kernel_has_the_asked_spread() -> None:
     out = ncp.add_noise(image, torch.tensor([0.02, 0.1]), torch.arange(2))
     for i, std in enumerate((0.02, 0.1)):
         assert math.isclose(float(out[i].std()), std, rel_tol=0.03)
+
+
+def test_kernels_take_metatensors() -> None:
+    image = torch.rand(3, 3, 21, 18)
+    mask = torch.rand(3, 1, 21, 18) < 0.1
+    one, seeds = torch.ones(3), torch.arange(3)
+
+    def all_of(x: torch.Tensor) -> list[torch.Tensor]:
+        weight = ncp.nuclear_weight(mask, one, 2 * one)
+        colour = ncp.glass_colour(x)
+        return [
+            ncp.background_plate(x, weight),
+            ncp.blur(x, torch.tensor([0.4, 1.5, 5.0])),
+            ncp.add_noise(x, 0.1 * one, seeds),
+            ncp.jitter_stain(x, one, seeds),
+            ncp.shuffle_patches(x, torch.tensor([4.0, 6.0, 4.0]), one, seeds),
+            ncp.cut_out(x, 0.5 * one, seeds, colour),
+            ncp.fade(x, 0.5 * one, colour),
+            ncp.swap_background(x, x.flip(0), 0.5 * one),
+        ]
+
+    for plain, tracked in zip(all_of(image), all_of(MetaTensor(image))):
+        assert torch.equal(plain, torch.as_tensor(tracked))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_a_sample_becomes_does_not_depend_on_the_batch(channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        batch, height, width = (int(torch.randint(low, 40, (), generator=generator)) for low in (2, 1, 1))
+        x = torch.rand(batch, channels, height, width, generator=generator)
+        sigma, one, seeds = torch.rand(batch, generator=generator) * 6, torch.ones(batch), torch.arange(batch)
+        weight = ncp.nuclear_weight(torch.rand(batch, 1, height, width, generator=generator) < 0.1, one, 3 * one)
+        kernels = (
+            lambda i: ncp.background_plate(x[i], weight[i]),  # noqa: B023
+            lambda i: ncp.blur(x[i], sigma[i]),  # noqa: B023
+            lambda i: ncp.add_noise(x[i], 0.1 * one[i], seeds[i]),  # noqa: B023
+            lambda i: ncp.jitter_stain(x[i], one[i], seeds[i]),  # noqa: B023
+            lambda i: ncp.shuffle_patches(x[i], 8 * one[i], one[i], seeds[i]),  # noqa: B023
+            lambda i: ncp.fade(x[i], 0.3 * one[i], ncp.glass_colour(x[i])),  # noqa: B023
+        )
+        for kernel in kernels:
+            together = kernel(slice(None))
+            for row in (0, batch - 1):
+                assert torch.equal(kernel(slice(row, row + 1))[0], together[row])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from cytossl_monai.transforms.perturbation import BatchedNCP
 from cytossl_monai.transforms.views import ViewGenerator
@@ -102,3 +103,15 @@ def test_drop_empty_leaves_tiles_out_of_all_views() -> None:
 def test_ncp_that_drops_is_refused() -> None:
     with pytest.raises(ValueError, match="drop"):
         ViewGenerator(ncp=BatchedNCP(empty="drop"))
+
+
+def test_tiles_with_metadata_make_the_same_views() -> None:
+    tiles, masks = nucleus_tiles()
+    make = ViewGenerator(32, 16, n_local=2, ncp=BatchedNCP("strong"), ncp_views="all", blur_prob=1.0)
+    plain, tracked, found = (
+        make(t, 0.5, m, torch.Generator().manual_seed(1))
+        for t, m in ((tiles, masks), (MetaTensor(tiles), MetaTensor(masks)), (MetaTensor(tiles), None))
+    )
+    assert not any(isinstance(view, MetaTensor) for view in tracked["global"] + found["local"])
+    for key in ("global", "local", "nuclei"):
+        assert all(torch.equal(a, torch.as_tensor(b)) for a, b in zip(plain[key], tracked[key]))

@@ -23,6 +23,7 @@ from cytossl_monai.transforms.ncp_plate import (
     glass_colour,
     keep_nuclei_,
     nuclear_weight,
+    per_sample,
 )
 from cytossl_monai.transforms.ncp_random import hash_noise, hash_uniform
 from cytossl_monai.transforms.resampling import double, halve
@@ -48,11 +49,6 @@ _NOISE_STREAM, _STAIN_STREAM, _SHUFFLE_STREAM, _CUTOUT_STREAM = 100, 200, 300, 4
 _MIN_TRANSMISSION = 1.0 / 255.0  # optical density is taken of no less than one grey level
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), float32 on the device of ``like``."""
-    return values.to(device=like.device, dtype=torch.float32).view(-1, 1, 1, 1)
-
-
 def _smooth_axis(x: Tensor, taps: Tensor, dim: int) -> Tensor:
     """Convolve along ``dim`` with a symmetric kernel a sample: taps (B, radius + 1), the border repeated.
 
@@ -62,10 +58,10 @@ def _smooth_axis(x: Tensor, taps: Tensor, dim: int) -> Tensor:
     pad = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
     padded = F.pad(x, pad, mode="replicate")
     length = x.shape[dim]
-    out = x * _column(taps[:, 0], x)
+    out = x * per_sample(taps[:, 0], x)
     for step in range(1, radius + 1):
         pair = padded.narrow(dim, radius - step, length) + padded.narrow(dim, radius + step, length)
-        out.addcmul_(pair, _column(taps[:, step], x))
+        out.addcmul_(pair, per_sample(taps[:, step], x))
     return out
 
 
@@ -112,7 +108,7 @@ def _blur_at(image: Tensor, sigma: Tensor, depth: int) -> Tensor:
     for larger in reversed(pictures):
         small = double(small, *larger.shape[-2:])
     mix = sigma.clamp(0.0, 1.0).square()
-    return torch.lerp(image, small, _column(mix, image)).clamp_(0.0, 1.0)
+    return torch.lerp(image, small, per_sample(mix, image)).clamp_(0.0, 1.0)
 
 
 def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
@@ -127,7 +123,7 @@ def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
         (B, C, H, W) float32 in [0, 1].
     """
     field = hash_noise(seeds.to(image.device), _NOISE_STREAM, *image.shape[1:])
-    return field.mul_(_column(std, image)).add_(image).clamp_(0.0, 1.0)
+    return field.mul_(per_sample(std, image)).add_(image).clamp_(0.0, 1.0)
 
 
 def fade(image: Tensor, amount: Tensor, colour: Tensor) -> Tensor:
@@ -141,7 +137,7 @@ def fade(image: Tensor, amount: Tensor, colour: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    return torch.lerp(image, colour.expand_as(image), _column(amount, image))
+    return torch.lerp(image, colour.expand_as(image), per_sample(amount, image))
 
 
 @functools.cache
@@ -241,7 +237,7 @@ def swap_background(image: Tensor, donor: Tensor, amount: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32.
     """
-    return torch.lerp(image, donor, _column(amount, image))
+    return torch.lerp(image, donor, per_sample(amount, image))
 
 
 def cut_out(image: Tensor, amount: Tensor, seeds: Tensor, colour: Tensor, count: int = 3) -> Tensor:

@@ -58,9 +58,10 @@ def perturb(
         out = torch.empty_like(images, memory_format=torch.contiguous_format)
     in_place, result = out is images, out
     # A MetaTensor takes its metadata through every operation, which costs more than most of them.
-    images, masks, out = (x.as_subclass(Tensor) for x in (images, masks, out))
     if donors is None:
         donors, donor_masks = images, masks
+    images, masks, donors, out = (x.as_subclass(Tensor) for x in (images, masks, donors, out))
+    donor_masks = None if donor_masks is None else donor_masks.as_subclass(Tensor)
     active = draw.active()
     if settings.empty == "keep":
         active &= masks.flatten(1).any(1).cpu()
@@ -96,7 +97,7 @@ def _given(
         return None
     rows = (active & (draw.amounts["swap"] > 0)).nonzero().squeeze(1)
     giver = draw.donor[rows].to(donors.device)
-    plates = _unit(donors.as_subclass(Tensor).index_select(0, giver))
+    plates = _unit(donors.index_select(0, giver))
     if donor_masks is not None:
         for part in chunks(plates):
             nuclei = donor_masks.index_select(0, giver[part])

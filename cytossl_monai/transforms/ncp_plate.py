@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NuclearPixels", "background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight"]
+__all__ = ["NuclearPixels", "background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight", "per_sample"]
 
 _MAX_MARGIN = 120  # pixels; squared distances are held in int16
 _FAR = 15_000  # a squared distance beyond any margin: 120**2 = 14_400; plus 120**2 it still fits in int16
@@ -21,7 +21,7 @@ _GLASS_STRIDE = 16  # pixels a side of the blocks whose brightest is taken for g
 _GLASS_FLOOR = 0.75  # a tile that is cells all over shows no glass: what counts as glass is at least this bright
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1), float32 on the device of ``like``."""
     return values.to(device=like.device, dtype=torch.float32).view(-1, 1, 1, 1)
 
@@ -63,20 +63,14 @@ def nuclear_weight(mask: Tensor, margin: Tensor, feather: Tensor) -> Tensor:
             torch.minimum(ahead, moved.narrow(dim, 0, kept), out=ahead)
             torch.minimum(behind, moved.narrow(dim, step, kept), out=behind)
     distance = squared.to(torch.float32).sqrt_()
-    ramp = _column(feather, distance).clamp_min(1e-3)
-    weight = distance.neg_().add_(_column(margin, distance) + ramp).div_(ramp).clamp_(0.0, 1.0)
+    ramp = per_sample(feather, distance).clamp_min(1e-3)
+    weight = distance.neg_().add_(per_sample(margin, distance) + ramp).div_(ramp).clamp_(0.0, 1.0)
     return weight.mul(weight).mul_(weight.mul_(-2.0).add_(3.0))  # smoothstep: no kink where the ramp ends
 
 
 def _pool(x: Tensor, stride: int | tuple[int, int]) -> Tensor:
     """Means of blocks; the last block of a row or column may be smaller."""
     return F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
-
-
-def _resize(x: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """Undo a pooling by ``factor``, bilinearly, to exactly (height, width)."""
-    full = F.interpolate(x, (x.shape[-2] * factor, x.shape[-1] * factor), mode="bilinear", align_corners=False)
-    return full[..., :height, :width]
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class NuclearPixels:
 
 
 def _enlarged_at(coarse: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
-    """What ``_resize(coarse, height, width, _FILL_STRIDE)`` has at the pixels ``at`` of (B, 1, H, W): (C, P)."""
+    """What ``coarse``, enlarged bilinearly by ``_FILL_STRIDE``, has at the pixels ``at`` of (B, 1, H, W): (C, P)."""
     channels, height, width = shape[1:]
     rows, columns = coarse.shape[-2:]
     row = torch.div(at, width, rounding_mode="floor")
@@ -154,7 +148,9 @@ def background_plate(image: Tensor, weight: Tensor, pixels: NuclearPixels | None
     mean = image.mean(dim=(2, 3), keepdim=True)  # a tile that is nuclei all over has nothing else to be filled with
     fill = torch.where(known > 1e-4, colour / known.clamp_min(1e-4), mean)
     for colour, known in reversed(levels):
-        coarse = _resize(fill, known.shape[-2], known.shape[-1], 2)
+        # So small that one call of PyTorch's own is faster than ``resampling.double``.
+        coarse = F.interpolate(fill, scale_factor=2.0, mode="bilinear", align_corners=False)
+        coarse = coarse[..., : known.shape[-2], : known.shape[-1]]
         trust = (known * 4.0).clamp_(0.0, 1.0)  # a node that sees a quarter of background stands for itself
         fill = torch.lerp(coarse, colour / known.clamp_min(1e-4), trust)
     out = image.clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from cytossl_monai.transforms.nuclei_labels import label_levels
+from cytossl_monai.transforms.nuclei_labels import among_neighbours, label_levels
 from cytossl_monai.transforms.nuclei_regions import RegionRules
 
 __all__ = ["noise_levels", "pick_regions"]
@@ -45,16 +45,6 @@ def _steps_above(density: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     return steps.clamp_(0, len(levels)).to(torch.uint8)
 
 
-def _weakest_neighbour(steps: torch.Tensor) -> torch.Tensor:
-    """Least value among a pixel and its four neighbours in the plane; beyond the border nothing is lower."""
-    least = steps.clone()
-    for here, there in ((least[:, 1:], steps[:, :-1]), (least[:, :-1], steps[:, 1:])):
-        torch.minimum(here, there, out=here)
-    for here, there in ((least[..., 1:], steps[..., :-1]), (least[..., :-1], steps[..., 1:])):
-        torch.minimum(here, there, out=here)
-    return least
-
-
 def pick_regions(density: torch.Tensor, levels: torch.Tensor, mpp: float, rules: RegionRules) -> torch.Tensor:
     """Pick the best non-overlapping regions of every plane.
 
@@ -81,7 +71,7 @@ def pick_regions(density: torch.Tensor, levels: torch.Tensor, mpp: float, rules:
         return bar.view_as(density)
     labels = label_levels(steps, len(levels))
     top = steps.flatten()[inside].long()
-    low = _weakest_neighbour(steps).flatten()[inside].long()
+    low = among_neighbours(steps, torch.minimum).flatten()[inside].long()
     owner = labels.of(top - 1, inside)
     n = labels.first[-1] + 1
     row = torch.div(inside, width, rounding_mode="floor").remainder_(height).double()

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy import ndimage
 
-__all__ = ["LevelLabels", "label_levels", "label_planes"]
+__all__ = ["LevelLabels", "among_neighbours", "label_levels", "label_planes"]
 
 _IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
 _IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 
 
-def _spread(labels: torch.Tensor) -> torch.Tensor:
-    """Greatest label among a pixel and its four neighbours in the plane."""
-    spread = labels.clone()
-    spread[:, 1:] = torch.maximum(spread[:, 1:], labels[:, :-1])
-    spread[:, :-1] = torch.maximum(spread[:, :-1], labels[:, 1:])
-    spread[:, :, 1:] = torch.maximum(spread[:, :, 1:], labels[:, :, :-1])
-    spread[:, :, :-1] = torch.maximum(spread[:, :, :-1], labels[:, :, 1:])
-    return spread
+def among_neighbours(planes: torch.Tensor, pick: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """What ``pick`` (``torch.minimum`` or ``maximum``) takes of each pixel and its four neighbours in the plane.
+
+    Args:
+        planes: (B, H, W) of any dtype.
+        pick: of two tensors, with ``out``.
+
+    Returns:
+        Like ``planes``; beyond the border there is nothing to take.
+    """
+    picked = planes.clone()
+    for dim in (1, 2):
+        kept = planes.shape[dim] - 1
+        for here, there in ((1, 0), (0, 1)):
+            part = picked.narrow(dim, here, kept)
+            pick(part, planes.narrow(dim, there, kept), out=part)
+    return picked
 
 
 def label_planes(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -45,7 +55,7 @@ def _label_by_spreading(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     pixels = torch.arange(1, mask.numel() + 1, device=mask.device).view(mask.shape)
     current = torch.where(mask, pixels, 0)
     while True:
-        spread = torch.where(mask, _spread(current), 0)
+        spread = torch.where(mask, among_neighbours(current, torch.maximum), 0)
         # A label is the index of a pixel: what that pixel has learned in the meantime holds for this one as well.
         table = torch.cat([spread.new_zeros(1), spread.flatten()])
         spread = table[table[spread]]

@@ -197,8 +197,8 @@ class ViewGenerator(nn.Module):
         device = "cpu" if generator is None else generator.device
         boxes: list[CropBoxes] = []
         anchor: Tensor | None = None
-        centred = masks is not None and max(self.nucleus_prob, self.same_nucleus_prob) > 0
-        cells = nuclear_cells(masks) if masks is not None and centred else None
+        centred = max(self.nucleus_prob, self.same_nucleus_prob) > 0
+        cells = nuclear_cells(masks) if centred and masks is not None else None
         for index in range(len(self.sizes)):
             drawn = torch.rand(batch, 10, generator=generator, dtype=torch.float64, device=device).cpu()
             is_global = index < self.n_global

@@ -125,25 +125,23 @@ def _cut(pyramid: list[Tensor], boxes: CropBoxes, side: int, channels: int) -> T
         channels: the first so many are cut.
     """
     depths = torch.log2(boxes.size.amax(1) / (side * _ALIAS_FACTOR)).ceil_().clamp_(min=0).to(torch.int64)
-    device = pyramid[0].device
-    out: Tensor | None = None
-    for depth in sorted(set(depths.tolist())):  # mostly one, seldom more than two
-        while len(pyramid) <= depth:
-            pyramid.append(halve(pyramid[-1]))
-        picture = pyramid[depth][:, :channels]
-        at = (depths == depth).nonzero().squeeze(1)
-        some = len(at) < len(depths)
-        if some:
-            picture = picture.index_select(0, at.to(device))
+    deepest = int(depths.max())
+    while len(pyramid) <= deepest:
+        pyramid.append(halve(pyramid[-1]))
+
+    def sample(depth: int, picture: Tensor, boxes: CropBoxes) -> Tensor:
         height, width = (length << depth for length in picture.shape[-2:])
-        grid = _grid(boxes.of(at) if some else boxes, side, height, width, device)
-        cut = F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        if not some:
-            return cut
-        if out is None:
-            out = cut.new_empty(len(depths), channels, side, side)
-        out.index_copy_(0, at.to(device), cut)
-    return pyramid[0].new_empty(0, channels, side, side) if out is None else out
+        grid = _grid(boxes, side, height, width, picture.device)
+        return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    if bool((depths == deepest).all()):
+        return sample(deepest, pyramid[deepest][:, :channels], boxes)
+    out = torch.empty(len(depths), channels, side, side, device=pyramid[0].device)
+    for depth in depths.unique().tolist():  # seldom more than two
+        rows = (depths == depth).nonzero().squeeze(1)
+        at = rows.to(out.device)
+        out.index_copy_(0, at, sample(depth, pyramid[depth][:, :channels].index_select(0, at), boxes.of(rows)))
+    return out
 
 
 def cut_views(

@@ -118,7 +118,7 @@ def per_sample(monai_only: bool) -> Compose:
     return Compose(steps)
 
 
-def samples_a_second(loader: DataLoader, workers: int) -> float:
+def samples_a_second(loader: DataLoader) -> float:
     """Samples that a loader delivers a second, once its workers run.
 
     When the first batch comes, each worker has about finished one: so many do not count.
@@ -128,7 +128,7 @@ def samples_a_second(loader: DataLoader, workers: int) -> float:
     started = time.perf_counter()
     for _ in batches:
         pass
-    return (len(loader.dataset) - workers * (loader.batch_size or 1)) / (time.perf_counter() - started)
+    return (len(loader.dataset) - loader.num_workers * (loader.batch_size or 1)) / (time.perf_counter() - started)
 
 
 def clock(work: Callable[[], Any], timer: Callable[[], float] = time.perf_counter) -> float:
@@ -169,7 +169,7 @@ def main() -> None:
             transform(dict(some[0]))
             return len(some) / clock(lambda: [transform(dict(item)) for item in some], timer)
         many = Dataset(items * (args.batches * args.workers), transform)
-        return samples_a_second(DataLoader(many, batch_size=args.batch, num_workers=args.workers), args.workers)
+        return samples_a_second(DataLoader(many, batch_size=args.batch, num_workers=args.workers))
 
     alone = {
         "ours": RandNucleiCenteredPerturbd("image", "default", mpp=MPP),

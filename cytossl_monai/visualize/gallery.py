@@ -158,7 +158,8 @@ def draw_gallery(
         length = nice_length(side * um_per_pixel / 3)
         base = size[1] - 26
         draw.rectangle((gap, base, gap + length / um_per_pixel, base + 4), _INK)
-        draw.text((gap + length / um_per_pixel + 8, base - 7), f"{length:g} µm", _INK, small)
+        # Pillow's own font has no micro sign.
+        draw.text((gap + length / um_per_pixel + 8, base - 7), f"{length:g} um", _INK, small)
     with atomic_path(path) as partial:
         canvas.save(partial, format="PNG", compress_level=4)
     return path

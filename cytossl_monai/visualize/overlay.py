@@ -81,7 +81,8 @@ def draw_overlay(
     base = over.height + _MARGIN + 22
     left = (width - over.width) // 2 + 16
     draw.rectangle((left, base, left + bar, base + 6), _INK)
-    told = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    # Pillow's own font has no micro sign.
+    told = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
     draw.text((left, base + 12), told, _INK, small)
     ramp = colours(np.repeat(np.linspace(0, 1, 180)[None], 14, 0))
     right = width - (width - over.width) // 2 - 180 - 16

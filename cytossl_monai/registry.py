@@ -24,8 +24,8 @@ SHORT_NAMES = {
     "sr_vit_base": "cytossl_monai.networks.nets.sr_transformer",
     "vit_small": "cytossl_monai.networks.nets.sr_transformer",
     "to_sr_transformer": "cytossl_monai.networks.convert",
-    "load_encoder": "cytossl_monai.networks.nets.encoders",
-    "build_encoder": "cytossl_monai.networks.nets.encoders",
+    "load_encoder": "cytossl_monai.networks.nets.encoder",
+    "build_encoder": "cytossl_monai.networks.nets.encoder",
 }
 
 

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cytossl_monai
+from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.mil.checkpoint import load_classifier
-from cytossl_monai.networks.nets.encoders import load_encoder
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import atomic_path, sha256_file, write_text
 

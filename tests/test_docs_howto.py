@@ -16,7 +16,7 @@ import pytest
 import yaml
 from monai.bundle import ConfigParser
 
-from cytossl_monai.data.synthetic import make_slides
+from cytossl_monai.data.synthetic.slides import make_slides
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((REPO_ROOT / "docs" / "howto").glob("*.md"))
@@ -133,7 +133,7 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     if NOT_RUN in text:
         pytest.skip("the page says that it is not run")
     if page.stem == "inference":
-        monkeypatch.syspath_prepend(Path(__file__).parent / "inferers")
+        monkeypatch.syspath_prepend(Path(__file__).parent / "inference")
         lay_out_a_lab(tmp_path)
     runner = (
         "import sys, types, pathlib\n"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cytossl_monai.inferers.evidence import EVIDENCE, SlideEvidence
+from cytossl_monai.inference.evidence import EVIDENCE, SlideEvidence
 from cytossl_monai.utils.errors import CheckpointError
 from cytossl_monai.utils.files import sha256_file, write_json
 

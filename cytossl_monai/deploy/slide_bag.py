@@ -12,10 +12,11 @@ from monai.transforms import Transform
 from torch import Tensor
 
 from cytossl_monai.data.slide_table import SlideRecord
-from cytossl_monai.data.slides import open_slide
-from cytossl_monai.inferers.embedder import EmbedTimes, embed_tiles
-from cytossl_monai.inferers.slide_input import IndexSlided, slide_records
-from cytossl_monai.networks.nets.encoders import encoder_hash, load_encoder
+from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.inference.embed import EmbedTimes, embed_tiles
+from cytossl_monai.inference.slides import IndexSlided, slide_records
+from cytossl_monai.networks.files import load_encoder
+from cytossl_monai.networks.nets.encoder import encoder_hash
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.parallel import default_workers
 

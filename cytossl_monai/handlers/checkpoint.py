@@ -10,9 +10,9 @@ from typing import Any
 
 from ignite.engine import Events
 
-from cytossl_monai.engines.distributed import barrier, is_main
-from cytossl_monai.engines.resume import find_checkpoints, save_checkpoint
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, save_checkpoint
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.utils.distributed import barrier, is_main
 
 __all__ = ["CheckpointHandler"]
 

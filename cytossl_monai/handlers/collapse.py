@@ -11,8 +11,8 @@ from ignite.engine import Events
 from torch import Tensor
 from torch.nn import functional as F
 
-from cytossl_monai.engines.distributed import is_main
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.utils.distributed import is_main
 
 __all__ = ["CollapseMonitor", "feature_spread", "rankme"]
 

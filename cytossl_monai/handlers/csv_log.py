@@ -8,13 +8,12 @@ from pathlib import Path
 
 from ignite.engine import Events
 
-from cytossl_monai.engines.distributed import is_main
-from cytossl_monai.engines.ssl_trainer import SSLTrainer, scalars
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.metrics.logged import HEADER, read_log, scalars
+from cytossl_monai.utils.distributed import is_main
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["CSVLog", "read_log"]
-
-HEADER = ("step", "epoch", "figure", "value")
+__all__ = ["CSVLog"]
 
 
 class CSVLog:
@@ -59,19 +58,3 @@ class CSVLog:
         """Append figures; the file is closed in between, so that a killed run loses none."""
         with open(self.path, "a", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows((step, epoch, name, repr(value)) for name, value in figures.items())
-
-
-def read_log(path: str | os.PathLike[str]) -> list[tuple[int, int, str, float]]:
-    """The lines of a log; a last line that a killed run left half-written is dropped.
-
-    Returns:
-        (step, epoch, figure, value) tuples; none where there is no file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as stream:
-        text = stream.read()
-    whole = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
-    rows = list(csv.reader(whole.splitlines()))[1:]
-    return [(int(step), int(epoch), figure, float(value)) for step, epoch, figure, value in rows]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ignite.engine import Events
 
-from cytossl_monai.engines.distributed import is_main
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
-from cytossl_monai.handlers.csv_log import read_log
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.metrics.logged import read_log
+from cytossl_monai.utils.distributed import is_main
 from cytossl_monai.utils.files import atomic_path
 
 __all__ = ["CurvesPlot", "plot_curves"]

@@ -10,10 +10,10 @@ from typing import Any
 
 from ignite.engine import Events
 
-from cytossl_monai.engines.distributed import is_main
-from cytossl_monai.engines.sharding import name_of, whole_encoder
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
-from cytossl_monai.networks.nets.encoders import save_encoder
+from cytossl_monai.engines.ssl.sharding import name_of, whole_encoder
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.networks.files import save_encoder
+from cytossl_monai.utils.distributed import is_main
 
 __all__ = ["EncoderExport"]
 

@@ -8,8 +8,8 @@ from typing import Any, TextIO
 from ignite.engine import Events
 from tqdm import tqdm
 
-from cytossl_monai.engines.distributed import is_main
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.utils.distributed import is_main
 
 __all__ = ["ProgressBar"]
 

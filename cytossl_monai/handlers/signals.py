@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Events
 
-from cytossl_monai.engines.distributed import world_size
-from cytossl_monai.engines.errors import EXIT_PREEMPTED, Preempted
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.handlers.checkpoint import CheckpointHandler
+from cytossl_monai.utils.distributed import world_size
+from cytossl_monai.utils.errors import EXIT_PREEMPTED, Preempted
 
 __all__ = ["PreemptionHandler"]
 

@@ -9,8 +9,8 @@ from collections import deque
 import torch
 from ignite.engine import Events
 
-from cytossl_monai.engines.distributed import world_size
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.utils.distributed import world_size
 
 __all__ = ["Throughput"]
 

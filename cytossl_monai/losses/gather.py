@@ -14,22 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_sum", "gather", "is_distributed", "process_rank", "world_size"]
+from cytossl_monai.utils.distributed import is_distributed
 
-
-def is_distributed() -> bool:
-    """True when a process group of more than one process is up."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if is_distributed() else 1
-
-
-def process_rank() -> int:
-    """Rank of this process, 0 without a process group."""
-    return dist.get_rank() if is_distributed() else 0
+__all__ = ["all_reduce_sum", "gather"]
 
 
 class _Gather(torch.autograd.Function):

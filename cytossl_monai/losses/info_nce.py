@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytossl_monai.losses.gather import gather, process_rank
+from cytossl_monai.losses.gather import gather
 from cytossl_monai.losses.precision import full_precision, widen
+from cytossl_monai.utils.distributed import rank
 
 __all__ = ["InfoNCELoss"]
 
@@ -58,6 +59,6 @@ class InfoNCELoss(nn.Module):
         keys = gather(F.normalize(widen(keys), dim=1))
         logits = queries @ keys.T / self.temperature
         batch = queries.shape[0]
-        targets = torch.arange(batch, device=queries.device) + batch * process_rank()
+        targets = torch.arange(batch, device=queries.device) + batch * rank()
         loss = F.cross_entropy(logits, targets)
         return loss * (2 * self.temperature) if self.scaled else loss

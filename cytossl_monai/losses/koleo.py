@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytossl_monai.losses.gather import gather, process_rank
+from cytossl_monai.losses.gather import gather
 from cytossl_monai.losses.precision import full_precision, widen
+from cytossl_monai.utils.distributed import rank
 
 __all__ = ["KoLeoLoss"]
 
@@ -48,7 +49,7 @@ class KoLeoLoss(nn.Module):
         rows = torch.arange(len(local), device=local.device)
         with torch.no_grad():
             closeness = local @ everything.T
-            closeness[rows, rows + len(local) * process_rank()] = -2.0  # nobody is his own neighbour
+            closeness[rows, rows + len(local) * rank()] = -2.0  # nobody is his own neighbour
             nearest = closeness.argmax(1)
         # eps inside the root as well: its slope at distance 0 would be infinite.
         squared = (local - everything[nearest]).square().sum(-1)

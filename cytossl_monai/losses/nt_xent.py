@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytossl_monai.losses.gather import gather, process_rank
+from cytossl_monai.losses.gather import gather
 from cytossl_monai.losses.precision import full_precision, widen
+from cytossl_monai.utils.distributed import rank
 
 __all__ = ["NTXentLoss"]
 
@@ -53,7 +54,7 @@ class NTXentLoss(nn.Module):
         first, second = F.normalize(widen(first), dim=1), F.normalize(widen(second), dim=1)
         everything = torch.cat([gather(first), gather(second)])
         batch, total = first.shape[0], everything.shape[0] // 2
-        own = torch.arange(batch, device=first.device) + batch * process_rank()
+        own = torch.arange(batch, device=first.device) + batch * rank()
         itself = torch.cat([own, own + total])
         partner = torch.cat([own + total, own])
         logits = torch.cat([first, second]) @ everything.T / self.temperature

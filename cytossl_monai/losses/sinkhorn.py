@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cytossl_monai.losses.gather import all_reduce_sum, is_distributed
+from cytossl_monai.losses.gather import all_reduce_sum
 from cytossl_monai.losses.precision import full_precision, widen
+from cytossl_monai.utils.distributed import is_distributed
 
 __all__ = ["sinkhorn_knopp"]
 

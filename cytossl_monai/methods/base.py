@@ -39,7 +39,7 @@ class SSLMethod(nn.Module):
         if not hasattr(encoder, "embed_dim"):
             raise ValueError(
                 f"{type(self).__name__} needs an encoder with `embed_dim`, got {type(encoder).__name__}: "
-                "wrap the network in cytossl_monai.networks.nets.encoders.Encoder"
+                "wrap the network in cytossl_monai.networks.nets.encoder.Encoder"
             )
         self.student: Any = synchronise_batchnorm(encoder)
         # Views go through the encoder in one batch where that changes nothing; batch normalisation would see both.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cytossl_monai.losses.gather import all_reduce_sum, is_distributed
+from cytossl_monai.losses.gather import all_reduce_sum
+from cytossl_monai.utils.distributed import is_distributed
 
 __all__ = ["GatherBatchNorm", "synchronise_batchnorm"]
 

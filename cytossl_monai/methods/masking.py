@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.losses.gather import process_rank, world_size
+from cytossl_monai.utils.distributed import rank, world_size
 
 __all__ = ["SampleCounter", "block_mask", "block_masks", "kept_patches", "sample_rng"]
 
@@ -33,7 +33,7 @@ class SampleCounter(nn.Module):
 
     def take(self, batch: int) -> int:
         """Number of the first of ``batch`` local samples; while training, the count moves on by the joined batch."""
-        first = self._seen + process_rank() * batch
+        first = self._seen + rank() * batch
         if self.training:
             self._seen += batch * world_size()
             self.seen.fill_(self._seen)

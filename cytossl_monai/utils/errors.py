@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "FeatureError", "InputError", "SlideError", "TableError"]
+import logging
+import os
+import sys
+from types import TracebackType
+
+__all__ = [
+    "EXIT_PREEMPTED",
+    "TRACEBACK",
+    "CheckpointError",
+    "FeatureError",
+    "InputError",
+    "Preempted",
+    "SlideError",
+    "TableError",
+    "TrainingDiverged",
+    "WorkerDiedError",
+    "failure",
+    "input_error",
+    "plain_errors",
+]
 
 
 class InputError(ValueError):
@@ -23,3 +42,69 @@ class FeatureError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint is missing, damaged or made for another architecture."""
+
+
+class WorkerDiedError(RuntimeError):
+    """The process that worked on an item ended without an answer: killed, out of memory, or crashed in native code."""
+
+
+EXIT_PREEMPTED = 75
+"""Exit status after SIGTERM: saved, start again to go on (EX_TEMPFAIL of sysexits.h)."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite. The message says where, what is likely, and what to go on from."""
+
+
+class Preempted(SystemExit):
+    """The machine asked the run to leave; a checkpoint has been written. Exits with ``EXIT_PREEMPTED``."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(EXIT_PREEMPTED)
+        self.message = message
+
+
+logger = logging.getLogger(__name__)
+
+
+TRACEBACK = "CYTOSSL_TRACEBACK"
+"""Environment variable; where it is set, tracebacks are shown all the same."""
+
+
+def input_error(error: BaseException | None) -> InputError | None:
+    """The `InputError` that led to an error, through what MONAI and Ignite wrapped it in; None where there is none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, InputError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def failure(error: Exception) -> str:
+    """What a report says of an error: the sentence where the input is wrong, else the error's kind too, and a log."""
+    if isinstance(error, (InputError, WorkerDiedError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".strip(": ")
+    logger.error("unexpected error", exc_info=error)
+    return f"{type(error).__name__}: {error}; this is a fault of the program, the log has its traceback"
+
+
+def plain_errors() -> None:
+    """End this program with the sentence of an `InputError` that nobody caught, in place of a traceback.
+
+    MONAI's configuration wraps an error several times; the sentence that helps would stand far above the last line. For
+    the ``initialize`` of a bundle: it changes what an uncaught error prints, nothing else. The exit status stays 1.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = None if os.environ.get(TRACEBACK) else input_error(error)
+        if cause is None:
+            before(kind, error, trace)
+        else:
+            print(f"error: {cause}\n(set {TRACEBACK}=1 to see where)", file=sys.stderr, flush=True)
+
+    sys.excepthook = hook

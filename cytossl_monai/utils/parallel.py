@@ -17,7 +17,9 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["Outcome", "WorkerDiedError", "default_workers", "run_parallel"]
+from cytossl_monai.utils.errors import WorkerDiedError
+
+__all__ = ["Outcome", "default_workers", "run_parallel"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 _GRACE = 10.0
 """Seconds that a worker gets to end before it is killed."""
-
-
-class WorkerDiedError(RuntimeError):
-    """The process that worked on an item ended without an answer: killed, out of memory, or crashed in native code."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from scipy import ndimage
 from skimage.measure import find_contours
 from skimage.segmentation import find_boundaries
 
-from cytossl_monai.data.slides import Slide
-from cytossl_monai.data.tile_index import TileIndex
-from cytossl_monai.transforms.nuclei import segment_instances
+from cytossl_monai.data.slides.slide import Slide
+from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.transforms.nuclei.instances import segment_instances
 from cytossl_monai.utils.files import atomic_path
 from cytossl_monai.visualize.overlay import nice_length
 
@@ -38,7 +38,7 @@ class GalleryTile:
         image: (3, H, W) uint8.
         mpp: micrometres per pixel of ``image``.
         labels: (H, W) int32, its nuclei; 0 is background.
-        nuclei: what was measured on them, see ``transforms.nuclei_table.TABLE_COLUMNS``.
+        nuclei: what was measured on them, see ``transforms.nuclei.table.TABLE_COLUMNS``.
         x: column of its corner, level-0 pixels.
         y: row of its corner, level-0 pixels.
         size: its side, level-0 pixels.

@@ -4,7 +4,7 @@
     python scripts/bench/evidence.py --slides slides/slides.csv --encoder model.pt --classifier classifier.pt
     python scripts/bench/evidence.py --slides slides/slides.csv --folds mil --index index --features features
 
-The slides are made ones whose truth tables say where each cell lies: those of `cytossl_monai.data.synthetic`, or
+The slides are made ones whose truth tables say where each cell lies: those of `cytossl_monai.data.synthetic.slides`, or
 others of the same layout (truth/<slide_id>.csv beside the slide table with x,y,w,h,class in level-0 pixels). A tile is
 a lesion tile when the centre of a lesion cell lies in it (of its nucleus, where the table has it). On every positive
 slide:
@@ -30,10 +30,10 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from cytossl_monai.data.feature_store import read_features
+from cytossl_monai.data.bags.features import read_features
 from cytossl_monai.data.slide_table import read_slide_table
-from cytossl_monai.data.tile_index import TileIndex
-from cytossl_monai.inferers.slide_classifier import SlideClassifier
+from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.inference.classify import SlideClassifier
 
 CONFIG = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_inference" / "configs" / "inference.json"
 LESIONS = ("ascus", "asch", "lsil", "hsil", "scc", "agc")

@@ -31,17 +31,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cytossl_monai.data.synthetic import SyntheticSettings, make_slide
-from cytossl_monai.data.synthetic_cells import LESION_CLASSES
+from cytossl_monai.data.synthetic.cells import LESION_CLASSES
+from cytossl_monai.data.synthetic.slides import SyntheticSettings, make_slide
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.metrics.bootstrap import bootstrap_intervals
-from cytossl_monai.networks.nets.encoders import Encoder
+from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
-from cytossl_monai.transforms.functional import glass_colour
-from cytossl_monai.transforms.nuclei_mask import nuclei_mask
-from cytossl_monai.transforms.nuclei_table import foreground
-from cytossl_monai.transforms.perturbation import BatchedNCP
-from cytossl_monai.transforms.views import ViewGenerator
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.ncp.plate import glass_colour
+from cytossl_monai.transforms.nuclei.mask import nuclei_mask
+from cytossl_monai.transforms.nuclei.table import foreground
+from cytossl_monai.transforms.views.generator import ViewGenerator
 
 MPP = 0.5
 TILE, VIEW = 128, 96

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cytossl_monai.data.synthetic import SyntheticSettings, make_slide
-from cytossl_monai.transforms.ncp_batched import BatchedNCP
-from cytossl_monai.transforms.nuclei_mask import nuclei_mask
+from cytossl_monai.data.synthetic.slides import SyntheticSettings, make_slide
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.nuclei.mask import nuclei_mask
 
 
 def six_views(tile: Tensor, mask: Tensor, mpp: float, ops: str, seed: int, donor: Tensor) -> Tensor:

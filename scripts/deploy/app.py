@@ -23,7 +23,7 @@ from monai.deploy.operators.monai_bundle_inference_operator import (
     MonaiBundleInferenceOperator,
 )
 
-from cytossl_monai.data.slides import BACKENDS
+from cytossl_monai.data.slides.slide import BACKENDS
 from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagOperator
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from cytossl_monai.engines.ablation import ARMS, AblationStudy, read_study
-from cytossl_monai.engines.ablation_report import markdown_table, write_table
+from cytossl_monai.engines.study.ablation import ARMS, AblationStudy, read_study
+from cytossl_monai.engines.study.table import markdown_table, write_table
 from cytossl_monai.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cytossl_monai.data.slide_table import read_slide_table
-from cytossl_monai.engines.mil_cross_validate import CrossValidation, cross_validate
+from cytossl_monai.engines.mil.cross_validate import CrossValidation, cross_validate
 from cytossl_monai.metrics.bootstrap import Interval, bootstrap_metric
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.utils.files import atomic_path, write_text

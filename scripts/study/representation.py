@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cytossl_monai.engines.representation import encode, labelled_task, probe
-from cytossl_monai.networks.nets.encoders import build_encoder, load_encoder
-from cytossl_monai.transforms.nuclei import segment_instances
+from cytossl_monai.engines.study.representation import encode, labelled_task, probe
+from cytossl_monai.networks.files import build_encoder, load_encoder
+from cytossl_monai.transforms.nuclei.instances import segment_instances
 from cytossl_monai.utils.files import write_text
 
 SOURCE_MPP = 0.25

@@ -13,8 +13,9 @@ from conftest import BUNDLES
 from monai.bundle import create_workflow, load, onnx_export, verify_metadata, verify_net_in_out
 
 import cytossl_monai
+from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.mil.classifier import MILClassifier
-from cytossl_monai.networks.nets.encoders import Encoder, load_encoder
+from cytossl_monai.networks.nets.encoder import Encoder
 
 SCHEMA = "meta_schema_20240725.json"
 

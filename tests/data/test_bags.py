@@ -3,18 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from cytossl_monai.data.bags import (
-    BagBatchSampler,
-    BagDataset,
-    RandTileDropoutd,
-    RandTileSampled,
-    bag_encoder,
-    bag_items,
-    collate_bags,
-    encode_targets,
-    feature_statistics,
-)
-from cytossl_monai.data.feature_store import write_features
+from cytossl_monai.data.bags.dataset import BagDataset, collate_bags, feature_statistics
+from cytossl_monai.data.bags.features import write_features
+from cytossl_monai.data.bags.items import bag_encoder, bag_items, encode_targets
+from cytossl_monai.data.bags.sampler import BagBatchSampler
+from cytossl_monai.data.bags.transforms import RandTileDropoutd, RandTileSampled
 from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.utils.errors import FeatureError, TableError
 

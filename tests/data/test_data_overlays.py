@@ -11,9 +11,9 @@ import torch
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from cytossl_monai.data.indexing import index_slide
 from cytossl_monai.data.slide_table import read_slide_table
-from cytossl_monai.data.synthetic import make_slides
+from cytossl_monai.data.synthetic.slides import make_slides
+from cytossl_monai.index.build import index_slide
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_slides_mixed_with_images_by_weight(images: Path, repo_root: Path, tmp_p
 
 
 def test_frames_that_follow_each_other_are_decoded_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cytossl_monai.data import image_folder
+    from cytossl_monai.data.tiles import images as image_folder
 
     read: list[str] = []
     load = image_folder._load_rgb

@@ -2,7 +2,7 @@ import h5py
 import numpy as np
 import pytest
 
-from cytossl_monai.data.feature_store import read_feature_attrs, read_features, write_features
+from cytossl_monai.data.bags.features import read_feature_attrs, read_features, write_features
 from cytossl_monai.utils.errors import FeatureError
 
 ATTRS = {

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cytossl_monai.data.samplers import SSLBatchSampler, TileStream, group_quotas
-from cytossl_monai.data.seeding import derive_seed, derive_seeds
+from cytossl_monai.data.tiles.sampler import SSLBatchSampler, TileStream, group_quotas
+from cytossl_monai.utils.seeding import derive_seed, derive_seeds
 
 
 class Source:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from cytossl_monai.data.slides.resample.resample import axis_weights
 from PIL import Image
 
-from cytossl_monai.data.backends.base import level_downsamples
-from cytossl_monai.data.backends.resample import axis_weights
-from cytossl_monai.data.slide_pool import SlidePool
-from cytossl_monai.data.slides import Slide, glass_colour, open_slide
+from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.data.slides.pool import SlidePool
+from cytossl_monai.data.slides.readers.base import level_downsamples
+from cytossl_monai.data.slides.slide import Slide, glass_colour
 from cytossl_monai.utils.errors import SlideError
 
 BACKENDS = ["cucim", "openslide", "tifffile"]
@@ -166,7 +167,7 @@ def test_thumbnail_of_a_slide_without_pyramid_is_read_in_parts(
     path = write_pyramid(tmp_path / "one.tif", image, levels=1)
     with open_slide(path) as slide:
         whole = slide.thumbnail(100)
-        monkeypatch.setattr("cytossl_monai.data.slides._MAX_SOURCE_PIXELS", 20_000)
+        monkeypatch.setattr("cytossl_monai.data.slides.slide._MAX_SOURCE_PIXELS", 20_000)
         parts = slide.thumbnail(100)
     assert whole.shape == parts.shape == (3, 74, 100)
     np.testing.assert_allclose(whole.astype(int), parts, atol=1)

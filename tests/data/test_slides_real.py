@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytossl_monai.data.slides import open_slide
+from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.utils.errors import SlideError
 
 pytestmark = pytest.mark.realdata

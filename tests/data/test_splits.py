@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cytossl_monai.data.splits import assign_folds, check_patients, fold_numbers, split_items
+from cytossl_monai.data.bags.splits import assign_folds, check_patients, fold_numbers, split_items
 from cytossl_monai.utils.errors import TableError
 
 

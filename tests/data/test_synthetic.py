@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import tifffile
 
-from cytossl_monai.data.synthetic import SyntheticSettings, make_slide, make_slides, write_pyramid
-from cytossl_monai.data.synthetic_cells import CELL_CLASSES, LESION_CLASSES, Stain, render_cell
+from cytossl_monai.data.slides.write import write_pyramid
+from cytossl_monai.data.synthetic.cells import CELL_CLASSES, LESION_CLASSES, Stain, render_cell
+from cytossl_monai.data.synthetic.slides import SyntheticSettings, make_slide, make_slides
 
 SIZE = 1024
 

@@ -12,11 +12,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from cytossl_monai.data.image_folder import ImageFolder, fit_square, list_images
-from cytossl_monai.data.samplers import SSLBatchSampler
-from cytossl_monai.data.tile_dataset import MixedDataset, TileDataset, collate_tiles
-from cytossl_monai.data.tile_index import TileIndex
-from cytossl_monai.data.tile_loader import choose_workers, tile_loader
+from cytossl_monai.data.tiles.dataset import MixedDataset, TileDataset, collate_tiles
+from cytossl_monai.data.tiles.images import ImageFolder, fit_square, list_images
+from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.data.tiles.loader import choose_workers, tile_loader
+from cytossl_monai.data.tiles.sampler import SSLBatchSampler
 from cytossl_monai.utils.errors import InputError, SlideError, TableError
 
 SIDE, TILE, MPP = 512, 32, 0.25
@@ -79,7 +79,7 @@ def test_tiles_are_the_slides_pixels(tmp_path: Path, slides: dict[str, np.ndarra
 def test_one_batched_call_a_slide(
     tmp_path: Path, slides: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cytossl_monai.data.slides import Slide
+    from cytossl_monai.data.slides.slide import Slide
 
     calls: list[int] = []
     read = Slide.read_regions

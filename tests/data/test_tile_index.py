@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cytossl_monai.data.tile_index import COLUMNS, TileIndex
+from cytossl_monai.data.tiles.index_file import COLUMNS, TileIndex
 from cytossl_monai.utils.errors import TableError
 
 META = {

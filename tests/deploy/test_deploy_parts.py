@@ -9,16 +9,18 @@ import pytest
 import torch
 from monai.bundle import ckpt_export
 
-from cytossl_monai.data.synthetic import make_slides, write_pyramid
+from cytossl_monai.data.slides.write import write_pyramid
+from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.deploy.dicom_report import is_dicom, report_text
 from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagOperator
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
-from cytossl_monai.engines.mil_trainer import BagInferer
+from cytossl_monai.engines.mil.trainer import BagInferer
+from cytossl_monai.networks.files import save_encoder
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.checkpoint import save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
-from cytossl_monai.networks.nets.encoders import Encoder, encoder_hash, save_encoder
+from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
 from cytossl_monai.utils.errors import CheckpointError, TableError
 from cytossl_monai.utils.report import RunReport

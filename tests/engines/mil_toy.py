@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cytossl_monai.data.feature_store import write_features
+from cytossl_monai.data.bags.features import write_features
 
 
 def make_cohort(root, n=30, dim=12, shift=4.0, seed=0, classes=("negative", "positive")):

@@ -12,17 +12,19 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
-from cytossl_monai.data.samplers import SSLBatchSampler
-from cytossl_monai.data.tile_loader import tile_loader
-from cytossl_monai.engines import distributed
-from cytossl_monai.engines.optim import build_optimizer
-from cytossl_monai.engines.schedules import WarmupCosine
-from cytossl_monai.engines.ssl_trainer import SSLTrainer, seed_all
+from cytossl_monai.data.tiles.loader import tile_loader
+from cytossl_monai.data.tiles.sampler import SSLBatchSampler
+from cytossl_monai.engines.ssl.optim import build_optimizer
+from cytossl_monai.engines.ssl.schedules import WarmupCosine
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.engines.ssl.wrap import prepare
 from cytossl_monai.handlers.checkpoint import CheckpointHandler
 from cytossl_monai.handlers.csv_log import CSVLog
 from cytossl_monai.handlers.signals import PreemptionHandler
 from cytossl_monai.methods.moco_v3 import MoCoV3
-from cytossl_monai.transforms.views import ViewGenerator
+from cytossl_monai.transforms.views.generator import ViewGenerator
+from cytossl_monai.utils import distributed
+from cytossl_monai.utils.seeding import seed_all
 
 SIZE = 24
 
@@ -88,7 +90,7 @@ def make_trainer(
     """A trainer over ``Dots``; ``output`` None writes nothing."""
     seed_all(3)
     method = method or MoCoV3(TinyEncoder(dropout), dim=8, hidden_dim=32)
-    network = distributed.prepare(method, "cpu", strategy)
+    network = prepare(method, "cpu", strategy)
     data = Dots()
     sampler = SSLBatchSampler(
         data,

@@ -14,12 +14,12 @@ import yaml
 from PIL import Image
 from ssl_standins import Dots
 
-from cytossl_monai.engines import ablation
-from cytossl_monai.engines.ablation import ARMS, AblationStudy, read_study
-from cytossl_monai.engines.ablation_report import markdown_table, write_table
-from cytossl_monai.engines.representation import encode, labelled_task, probe
-from cytossl_monai.metrics.linear_probe import knn_probe
-from cytossl_monai.networks.nets.encoders import load_encoder
+from cytossl_monai.engines.study import ablation
+from cytossl_monai.engines.study.ablation import ARMS, AblationStudy, read_study
+from cytossl_monai.engines.study.representation import encode, labelled_task, probe
+from cytossl_monai.engines.study.table import markdown_table, write_table
+from cytossl_monai.metrics.probe import knn_probe
+from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.utils.errors import InputError, TableError
 
 

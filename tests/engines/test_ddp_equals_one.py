@@ -18,10 +18,9 @@ import torch
 from ssl_standins import SIZE, make_trainer
 from torch import Tensor, nn
 
-from cytossl_monai.engines import distributed
-from cytossl_monai.engines.resume import read_checkpoint
-from cytossl_monai.engines.sharding import is_sharded
-from cytossl_monai.engines.ssl_trainer import SSLTrainer, scalars, seed_all
+from cytossl_monai.engines.ssl.checkpoint import read_checkpoint
+from cytossl_monai.engines.ssl.sharding import is_sharded
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.handlers.checkpoint import CheckpointHandler
 from cytossl_monai.handlers.export import EncoderExport
 from cytossl_monai.methods.byol import BYOL
@@ -30,10 +29,14 @@ from cytossl_monai.methods.ibot import IBOT
 from cytossl_monai.methods.mae import MAE
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.methods.simclr import SimCLR
-from cytossl_monai.networks.nets.encoders import Encoder, load_encoder
+from cytossl_monai.metrics.logged import scalars
+from cytossl_monai.networks.files import load_encoder
+from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.transforms.perturbation import BatchedNCP
-from cytossl_monai.transforms.views import ViewGenerator
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.views.generator import ViewGenerator
+from cytossl_monai.utils import distributed
+from cytossl_monai.utils.seeding import seed_all
 
 STEPS, BATCH = 20, 16
 HEAD = {"out_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16}

@@ -10,10 +10,11 @@ import torch
 from mil_toy import make_cohort
 from monai.bundle import ConfigWorkflow
 
-from cytossl_monai.data.feature_store import write_features
-from cytossl_monai.engines.mil_cross_validate import cross_validate, run_training
-from cytossl_monai.engines.mil_few_shot import draw_shots, few_shot_curve
-from cytossl_monai.engines.mil_predict import inference_items
+from cytossl_monai.data.bags.features import write_features
+from cytossl_monai.engines.bundle import run_training
+from cytossl_monai.engines.mil.cross_validate import cross_validate
+from cytossl_monai.engines.mil.few_shot import draw_shots, few_shot_curve
+from cytossl_monai.engines.mil.predict import inference_items
 from cytossl_monai.networks.mil.checkpoint import load_classifier
 from cytossl_monai.utils.errors import CheckpointError, FeatureError, TableError
 from cytossl_monai.utils.report import RunReport
@@ -167,9 +168,7 @@ def test_cross_validation_is_honest_and_resumable(trained, configs, tmp_path, mo
 
     runs = []
     original = run_training
-    monkeypatch.setattr(
-        "cytossl_monai.engines.mil_cross_validate.run_training", lambda *a: runs.append(1) or original(*a)
-    )
+    monkeypatch.setattr("cytossl_monai.engines.bundle.run_training", lambda *a: runs.append(1) or original(*a))
     second = run()
     assert not runs
     np.testing.assert_array_equal(first.probabilities, second.probabilities)
@@ -190,7 +189,7 @@ def test_cross_validation_bad_input(trained, configs, tmp_path):
 
 def test_ordinal_slides_get_the_median_grade(tmp_path):
     """Of 0.4, 0.25 and 0.35 the first is the most probable, the second the one in the middle."""
-    from cytossl_monai.inferers.slide_classifier import SlideClassifier
+    from cytossl_monai.inference.classify import SlideClassifier
     from cytossl_monai.networks.mil.checkpoint import save_classifier
     from cytossl_monai.networks.mil.classifier import MILClassifier
     from cytossl_monai.networks.mil.ensemble import average_probabilities

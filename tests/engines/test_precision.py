@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cytossl_monai.engines.precision import fast_precision
+from cytossl_monai.engines.ssl.precision import fast_precision
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ import pytest
 import torch
 from ssl_standins import TinyEncoder, make_trainer
 
-from cytossl_monai.engines.errors import EXIT_PREEMPTED
-from cytossl_monai.engines.resume import find_checkpoints, read_checkpoint
-from cytossl_monai.handlers.csv_log import read_log
+from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, read_checkpoint
 from cytossl_monai.methods.moco_v3 import MoCoV3
-from cytossl_monai.utils.errors import CheckpointError
+from cytossl_monai.metrics.logged import read_log
+from cytossl_monai.utils.errors import EXIT_PREEMPTED, CheckpointError
 
 SCRIPT = Path(__file__).with_name("ssl_standins.py")
 

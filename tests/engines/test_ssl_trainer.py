@@ -9,13 +9,14 @@ import torch
 from ssl_standins import Dots, TinyEncoder, make_trainer
 from torch import Tensor, nn
 
-from cytossl_monai.data.tile_dataset import collate_tiles
-from cytossl_monai.engines.accumulation import checkpoint_blocks, encode_in_pieces
-from cytossl_monai.engines.errors import TrainingDiverged
-from cytossl_monai.engines.resume import find_checkpoints
-from cytossl_monai.engines.ssl_trainer import SSLTrainer, scalars
+from cytossl_monai.data.tiles.dataset import collate_tiles
+from cytossl_monai.engines.ssl.accumulation import checkpoint_blocks, encode_in_pieces
+from cytossl_monai.engines.ssl.checkpoint import find_checkpoints
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.methods.simclr import SimCLR
+from cytossl_monai.metrics.logged import scalars
+from cytossl_monai.utils.errors import TrainingDiverged
 
 
 class Recorder:

@@ -16,22 +16,21 @@ from sklearn.metrics import balanced_accuracy_score
 from ssl_standins import SIZE, Dots, TinyEncoder, make_trainer
 from torch import nn
 
-from cytossl_monai.engines.errors import EXIT_PREEMPTED, Preempted, TrainingDiverged
-from cytossl_monai.engines.resume import find_checkpoints, read_checkpoint
-from cytossl_monai.engines.ssl_trainer import SSLTrainer
+from cytossl_monai.data.tiles.labelled import LabelledImages, embed_images
+from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, read_checkpoint
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.handlers import checkpoint as checkpoint_module
 from cytossl_monai.handlers.checkpoint import CheckpointHandler
-from cytossl_monai.handlers.embedding import LabelledImages, embed_images
 from cytossl_monai.handlers.export import EncoderExport
-from cytossl_monai.handlers.online_knn import OnlineKNN
-from cytossl_monai.handlers.online_probe import OnlineLinearProbe
+from cytossl_monai.handlers.online_evaluation import OnlineKNN, OnlineLinearProbe
 from cytossl_monai.handlers.signals import PreemptionHandler
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.metrics.knn import knn_predict
-from cytossl_monai.metrics.linear_probe import linear_probe
-from cytossl_monai.networks.nets.encoders import Encoder, load_encoder
+from cytossl_monai.metrics.probe import linear_probe
+from cytossl_monai.networks.files import load_encoder
+from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.utils.errors import TableError
+from cytossl_monai.utils.errors import EXIT_PREEMPTED, Preempted, TableError, TrainingDiverged
 
 
 @pytest.fixture(scope="module")

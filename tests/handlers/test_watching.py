@@ -16,13 +16,14 @@ from PIL import Image
 from ssl_standins import TinyEncoder, make_trainer
 from torch import Tensor
 
-from cytossl_monai.engines.ssl_trainer import SSLTrainer, scalars
+from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.handlers.collapse import CollapseMonitor, feature_spread, rankme
-from cytossl_monai.handlers.csv_log import CSVLog, read_log
+from cytossl_monai.handlers.csv_log import CSVLog
 from cytossl_monai.handlers.curves import CurvesPlot, plot_curves
 from cytossl_monai.handlers.progress import ProgressBar
 from cytossl_monai.handlers.throughput import Throughput
 from cytossl_monai.methods.moco_v3 import MoCoV3
+from cytossl_monai.metrics.logged import read_log, scalars
 
 
 def test_rankme_is_its_formula() -> None:

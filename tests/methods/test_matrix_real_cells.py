@@ -10,10 +10,10 @@ from PIL import Image
 from small_methods import MULTI_CROP, SMALL, small_method
 
 from cytossl_monai.methods.base import SSLMethod
-from cytossl_monai.networks.nets.encoders import Encoder
+from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.transforms.perturbation import BatchedNCP
-from cytossl_monai.transforms.views import ViewGenerator
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.views.generator import ViewGenerator
 
 STEPS, BATCH, TILE, MPP = 12, 16, 64, 0.5
 METHODS = ["moco_v3", "simclr", "byol", "dino", "ibot", "dinov2", "mae_nuclei"]

@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from small_methods import SMALL
 from tiny_encoders import TinyViT
 
-from cytossl_monai.transforms.views import ViewGenerator
+from cytossl_monai.transforms.views.generator import ViewGenerator
 
 NAMES = ["moco_v3", "simclr", "byol", "dino", "ibot", "mae"]
 TINY = {"prototypes": 32, "patch_prototypes": 32, "head_hidden_dim": 16, "decoder_dim": 32, "decoder_heads": 4}

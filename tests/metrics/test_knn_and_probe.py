@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from cytossl_monai.metrics.knn import balanced_accuracy, knn_cross_validate, knn_predict
-from cytossl_monai.metrics.linear_probe import fold_interval, group_folds, knn_probe, linear_probe
+from cytossl_monai.metrics.probe import fold_interval, group_folds, knn_probe, linear_probe
 
 
 @pytest.fixture(scope="module")

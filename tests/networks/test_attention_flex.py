@@ -9,8 +9,8 @@ import torch
 from test_sparse_attention import HEADS, RPES, WIDTH, by_reference, gradients, make
 from torch import Tensor
 
-from cytossl_monai.networks.blocks import attention_flex
-from cytossl_monai.networks.blocks.attention_flex import flex_pays, flex_routed_attention, make_plan
+from cytossl_monai.networks.blocks.attention import flex as attention_flex
+from cytossl_monai.networks.blocks.attention.flex import flex_pays, flex_routed_attention, make_plan
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 

@@ -10,7 +10,8 @@ import torch
 import yaml
 from monai.bundle import ConfigParser
 
-from cytossl_monai.networks.nets.encoders import Encoder, ResNetFeatures
+from cytossl_monai.networks.nets.encoder import Encoder
+from cytossl_monai.networks.nets.resnet import ResNetFeatures
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 WIDTHS = {"sr_vit_tiny": 192, "sr_vit_small": 384, "sr_vit_base": 768, "vit_small": 384, "resnet50": 2048}

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from monai.networks.nets import ViT
 from torch import Tensor, nn
 
-from cytossl_monai.networks.convert import load_vit_weights, to_sr_transformer
+from cytossl_monai.networks.convert import to_sr_transformer
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+from cytossl_monai.networks.weights import load_vit_weights
 from cytossl_monai.utils.errors import CheckpointError
 
 WIDTH, HEADS, HIDDEN, PATCH = 24, 3, 40, 8

@@ -11,16 +11,9 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
 from torch import nn
 
-from cytossl_monai.networks.nets.encoders import (
-    Encoder,
-    build_encoder,
-    build_network,
-    encoder_hash,
-    load_encoder,
-    network_config,
-    resnet50,
-    save_encoder,
-)
+from cytossl_monai.networks.files import build_encoder, build_network, load_encoder, network_config, save_encoder
+from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
+from cytossl_monai.networks.nets.resnet import resnet50
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.utils.errors import CheckpointError
 
@@ -106,7 +99,7 @@ def test_takes_any_network() -> None:
         (lambda: Encoder(nn.Conv2d(3, 4, 1)).forward_tokens(torch.rand(1, 3, 8, 8)), "no patch tokens"),
         (lambda: build_encoder({"pool": "cls"}), "needs 'network'"),
         (lambda: build_network({"_target_": "os.system", "command": "true"}), "must name a network"),
-        (lambda: build_network({"_target_": "cytossl_monai.networks.nets.encoders.nothing"}), "does not exist"),
+        (lambda: build_network({"_target_": "cytossl_monai.networks.nets.encoder.nothing"}), "does not exist"),
         (lambda: network_config(nn.Linear(1, 1)), "does not keep its constructor arguments"),
     ],
 )

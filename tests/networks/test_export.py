@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.networks.nets import ViT
 
-from cytossl_monai.networks.nets.encoders import Encoder, encoder_hash
+from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
 
 CASES = {

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cytossl_monai.networks.blocks.attention_reference import reference_attention
+from cytossl_monai.networks.blocks.attention.reference import reference_attention
 from cytossl_monai.networks.blocks.irpe import IRPE, METHODS, MODES, RPEConfig, piecewise_index
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytossl_monai.networks.nets.encoders import Encoder
+from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cytossl_monai.networks.blocks import attention_routed
-from cytossl_monai.networks.blocks.attention_reference import attention_mask, num_kept, reference_attention
+from cytossl_monai.networks.blocks.attention import routed as attention_routed
+from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reference_attention
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
@@ -59,7 +59,7 @@ def gradients(out: Tensor, module: SparseAttention, x: Tensor, weight: Tensor) -
 def tiles_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use tiles on small grids too, where the dense mask would be cheaper."""
     monkeypatch.setattr(attention_routed, "TILE", 4)
-    monkeypatch.setattr("cytossl_monai.networks.blocks.sparse_attention.tiles_pay", lambda *_: True)
+    monkeypatch.setattr("cytossl_monai.networks.blocks.attention.routed.tiles_pay", lambda *_: True)
 
 
 @pytest.mark.usefixtures("tiles_everywhere")

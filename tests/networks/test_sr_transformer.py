@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cytossl_monai  # noqa: F401 - registers the short names
-from cytossl_monai.networks.blocks import attention_routed
+from cytossl_monai.networks.blocks.attention import routed as attention_routed
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 from cytossl_monai.networks.nets.sr_transformer import (
     SRTransformer,
@@ -42,7 +42,7 @@ def small(**changes: Any) -> SRTransformer:
 def tiles_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the tiles of routed attention on small grids too."""
     monkeypatch.setattr(attention_routed, "TILE", 2)
-    monkeypatch.setattr("cytossl_monai.networks.blocks.sparse_attention.tiles_pay", lambda *_: True)
+    monkeypatch.setattr("cytossl_monai.networks.blocks.attention.routed.tiles_pay", lambda *_: True)
 
 
 @pytest.mark.parametrize(

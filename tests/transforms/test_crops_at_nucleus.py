@@ -9,7 +9,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Flipd
 
-from cytossl_monai.transforms.crops import RandCropAtNucleus, RandCropAtNucleusd
+from cytossl_monai.transforms.views.array import RandCropAtNucleus
+from cytossl_monai.transforms.views.dictionary import RandCropAtNucleusd
 
 
 def sample(size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from cytossl_monai.transforms.ncp_settings import NCPSettings, OpSetting
-from cytossl_monai.transforms.perturbation import (
-    BatchedNCP,
-    NucleiCenteredPerturb,
-    NucleiCenteredPerturbd,
-    RandNucleiCenteredPerturb,
-    RandNucleiCenteredPerturbd,
-)
-from cytossl_monai.transforms.stain_jitter import RandStainJitter, RandStainJitterd
-from cytossl_monai.transforms.views import ViewGenerator
+from cytossl_monai.transforms.ncp.array import NucleiCenteredPerturb, RandNucleiCenteredPerturb
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.ncp.dictionary import NucleiCenteredPerturbd, RandNucleiCenteredPerturbd
+from cytossl_monai.transforms.ncp.settings import NCPSettings, OpSetting
+from cytossl_monai.transforms.views.array import RandStainJitter
+from cytossl_monai.transforms.views.dictionary import RandStainJitterd
+from cytossl_monai.transforms.views.generator import ViewGenerator
 
 IMAGES = torch.rand(2, 3, 16, 16)
 MASKS = torch.ones(2, 1, 16, 16)

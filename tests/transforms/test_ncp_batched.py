@@ -6,8 +6,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from cytossl_monai.transforms.ncp_settings import OP_NAMES, PRESETS
-from cytossl_monai.transforms.perturbation import BatchedNCP
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.ncp.settings import OP_NAMES, PRESETS
 
 
 def tiles_and_masks(batch: int = 5, size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,10 @@ from monai.data import MetaTensor
 from scipy import ndimage, stats
 from skimage.color import rgb_from_hed
 
-from cytossl_monai.transforms import functional as ncp
-from cytossl_monai.transforms.ncp_random import draw_seeds, hash_noise, hash_uniform, mix64
+from cytossl_monai.transforms.kernels.blur import blur
+from cytossl_monai.transforms.kernels.colour import jitter_stain
+from cytossl_monai.transforms.kernels.random import draw_seeds, hash_noise, hash_uniform, mix64
+from cytossl_monai.transforms.ncp import operations as ncp
 
 
 def test_mix64_is_splitmix64() -> None:
@@ -75,7 +77,7 @@ def test_blur_is_near_a_true_gaussian(sigma: float) -> None:
     image = torch.from_numpy(ndimage.gaussian_filter(np.random.default_rng(0).random((3, 90, 101)), (0, 1, 1)))
     image = image.float().sub(image.min()).div(image.max() - image.min())
     expected = ndimage.gaussian_filter(image.numpy(), (0, sigma, sigma), mode="nearest")
-    out = ncp.blur(image[None].contiguous(), torch.tensor([sigma]))[0].numpy()
+    out = blur(image[None].contiguous(), torch.tensor([sigma]))[0].numpy()
     error = np.abs(out - expected)[:, 8:-8, 8:-8]
     assert error.mean() < 0.12 * np.abs(image.numpy() - expected)[:, 8:-8, 8:-8].mean()
     np.testing.assert_allclose(out.mean(), expected.mean(), atol=5e-3)
@@ -83,14 +85,14 @@ def test_blur_is_near_a_true_gaussian(sigma: float) -> None:
 
 def test_blur_of_sigma_zero_changes_nothing() -> None:
     image = torch.rand(2, 3, 17, 19)
-    assert torch.equal(ncp.blur(image, torch.zeros(2)), image)
+    assert torch.equal(blur(image, torch.zeros(2)), image)
 
 
 def test_stain_jitter_mixes_in_optical_density() -> None:
     image = torch.rand(2, 3, 5, 6) * 0.9 + 0.05
     seeds = torch.tensor([5, 6])
     amount = torch.tensor([1.0, 0.4])
-    out = ncp.jitter_stain(image, amount, seeds, scale=0.3, shift=0.02)
+    out = jitter_stain(image, amount, seeds, scale=0.3, shift=0.02)
     drawn = (hash_uniform(seeds, 200, 6) * 2 - 1).numpy() * amount.double().numpy()[:, None]
     for i in range(2):
         density = -np.log10(image[i].double().numpy()).transpose(1, 2, 0)
@@ -102,7 +104,7 @@ def test_stain_jitter_mixes_in_optical_density() -> None:
 
 def test_stain_jitter_of_nothing_is_the_identity() -> None:
     image = torch.rand(2, 1, 5, 6) * 0.9 + 0.05
-    torch.testing.assert_close(ncp.jitter_stain(image, torch.zeros(2), torch.arange(2)), image)
+    torch.testing.assert_close(jitter_stain(image, torch.zeros(2), torch.arange(2)), image)
 
 
 def test_shuffle_moves_whole_patches_and_loses_none() -> None:
@@ -183,9 +185,9 @@ def test_kernels_take_metatensors() -> None:
         colour = ncp.glass_colour(x)
         return [
             ncp.background_plate(x, weight),
-            ncp.blur(x, torch.tensor([0.4, 1.5, 5.0])),
+            blur(x, torch.tensor([0.4, 1.5, 5.0])),
             ncp.add_noise(x, 0.1 * one, seeds),
-            ncp.jitter_stain(x, one, seeds),
+            jitter_stain(x, one, seeds),
             ncp.shuffle_patches(x, torch.tensor([4.0, 6.0, 4.0]), one, seeds),
             ncp.cut_out(x, 0.5 * one, seeds, colour),
             ncp.fade(x, 0.5 * one, colour),
@@ -206,9 +208,9 @@ def test_what_a_sample_becomes_does_not_depend_on_the_batch(channels: int) -> No
         weight = ncp.nuclear_weight(torch.rand(batch, 1, height, width, generator=generator) < 0.1, one, 3 * one)
         kernels = (
             lambda i: ncp.background_plate(x[i], weight[i]),  # noqa: B023
-            lambda i: ncp.blur(x[i], sigma[i]),  # noqa: B023
+            lambda i: blur(x[i], sigma[i]),  # noqa: B023
             lambda i: ncp.add_noise(x[i], 0.1 * one[i], seeds[i]),  # noqa: B023
-            lambda i: ncp.jitter_stain(x[i], one[i], seeds[i]),  # noqa: B023
+            lambda i: jitter_stain(x[i], one[i], seeds[i]),  # noqa: B023
             lambda i: ncp.shuffle_patches(x[i], 8 * one[i], one[i], seeds[i]),  # noqa: B023
             lambda i: ncp.fade(x[i], 0.3 * one[i], ncp.glass_colour(x[i])),  # noqa: B023
         )

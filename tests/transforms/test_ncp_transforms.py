@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import CastToTyped, Compose, Flipd, Identityd, OneOf, SpatialPadd
 
-from cytossl_monai.transforms.ncp_settings import OP_NAMES
-from cytossl_monai.transforms.perturbation import (
-    BatchedNCP,
-    NucleiCenteredPerturb,
-    NucleiCenteredPerturbd,
-    RandNucleiCenteredPerturb,
-    RandNucleiCenteredPerturbd,
-)
+from cytossl_monai.transforms.ncp.array import NucleiCenteredPerturb, RandNucleiCenteredPerturb
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.ncp.dictionary import NucleiCenteredPerturbd, RandNucleiCenteredPerturbd
+from cytossl_monai.transforms.ncp.settings import OP_NAMES
 
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OFTEN = {name: {"prob": 0.7, "strength": 1.0} for name in OP_NAMES}

@@ -15,9 +15,12 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 from skimage.measure import regionprops
 
-from cytossl_monai.transforms.nuclei import RegionRules, SegmentNuclei, SegmentNucleid, segment_instances
-from cytossl_monai.transforms.nuclei_split import split_touching
-from cytossl_monai.transforms.nuclei_table import CELL_REACH, TABLE_COLUMNS, describe_nuclei, foreground
+from cytossl_monai.transforms.nuclei.array import SegmentNuclei
+from cytossl_monai.transforms.nuclei.dictionary import SegmentNucleid
+from cytossl_monai.transforms.nuclei.instances import segment_instances
+from cytossl_monai.transforms.nuclei.regions import RegionRules
+from cytossl_monai.transforms.nuclei.split import split_touching
+from cytossl_monai.transforms.nuclei.table import CELL_REACH, TABLE_COLUMNS, describe_nuclei, foreground
 
 THREE = [Disc(16, 18, 8), Disc(46, 16, 6, 0.8), Disc(32, 46, 12)]
 

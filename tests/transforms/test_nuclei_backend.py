@@ -14,8 +14,8 @@ from scipy import ndimage
 from skimage.filters import gaussian
 from skimage.segmentation import expand_labels
 
-from cytossl_monai.transforms import nuclei
-from cytossl_monai.transforms.nuclei_backend import CPU, ArrayBackend, array_backend
+from cytossl_monai.transforms.nuclei.array import array as nuclei
+from cytossl_monai.transforms.nuclei.backend import CPU, ArrayBackend, array_backend
 
 
 class DeviceArray(np.lib.mixins.NDArrayOperatorsMixin):

@@ -11,11 +11,11 @@ from nuclei_drawings import STAINED, Disc, dice, draw
 from scipy import ndimage
 from skimage.io import imread
 
-from cytossl_monai.transforms.nuclei import RegionRules, segment_instances
-from cytossl_monai.transforms.nuclei_batch import noise_levels
-from cytossl_monai.transforms.nuclei_labels import _label_by_spreading, label_planes
-from cytossl_monai.transforms.nuclei_mask import nuclear_density, nuclei_mask
-from cytossl_monai.transforms.nuclei_regions import noise_level
+from cytossl_monai.transforms.nuclei.batch import noise_levels
+from cytossl_monai.transforms.nuclei.instances import segment_instances
+from cytossl_monai.transforms.nuclei.labels import _label_by_spreading, label_planes
+from cytossl_monai.transforms.nuclei.mask import nuclear_density, nuclei_mask
+from cytossl_monai.transforms.nuclei.regions import RegionRules, noise_level
 
 DISCS = [Disc(16, 18, 8), Disc(46, 16, 7, 0.7), Disc(32, 46, 12)]
 

@@ -14,10 +14,11 @@ from monai.transforms import Compose
 from nuclei_drawings import Disc, draw
 from skimage.io import imsave
 
-from cytossl_monai.transforms.crops import RandCropAtNucleusd
-from cytossl_monai.transforms.nuclei import SegmentNuclei
-from cytossl_monai.transforms.nuclei_import import LoadNuclei, LoadNucleid, labels_from_geojson, labels_from_map
-from cytossl_monai.transforms.perturbation import RandNucleiCenteredPerturbd
+from cytossl_monai.transforms.ncp.dictionary import RandNucleiCenteredPerturbd
+from cytossl_monai.transforms.nuclei.array import LoadNuclei, SegmentNuclei
+from cytossl_monai.transforms.nuclei.dictionary import LoadNucleid
+from cytossl_monai.transforms.nuclei.imported import labels_from_geojson, labels_from_map
+from cytossl_monai.transforms.views.dictionary import RandCropAtNucleusd
 
 image, truth = draw([Disc(16, 18, 8), Disc(46, 20, 8)])
 

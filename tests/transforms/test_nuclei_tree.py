@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from cytossl_monai.transforms.nuclei_batch import _edge_step, noise_levels, pick_regions
-from cytossl_monai.transforms.nuclei_labels import label_levels
-from cytossl_monai.transforms.nuclei_regions import RegionRules
+from cytossl_monai.transforms.nuclei.batch import _edge_step, noise_levels, pick_regions
+from cytossl_monai.transforms.nuclei.labels import label_levels
+from cytossl_monai.transforms.nuclei.regions import RegionRules
 
 MPP = 0.75
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cytossl_monai.transforms.resampling import double, halve
-from cytossl_monai.transforms.views_geometry import cut_views, draw_boxes
+from cytossl_monai.transforms.kernels.resampling import double, halve
+from cytossl_monai.transforms.views.boxes import cut_views, draw_boxes
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 9), (1, 1), (2, 1), (1, 5)])

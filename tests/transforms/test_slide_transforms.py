@@ -11,17 +11,9 @@ import torch
 from monai.data import DataLoader, Dataset, GridPatchDataset, MetaTensor, PersistentDataset
 from monai.transforms import Compose
 
-from cytossl_monai.data.slides import open_slide
-from cytossl_monai.transforms.slides import (
-    IterateTiles,
-    LoadSlide,
-    LoadSlided,
-    LoadTile,
-    LoadTiled,
-    TileSlide,
-    TileSlided,
-    tile_affine,
-)
+from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.transforms.tiling.array import LoadSlide, LoadTile, TileSlide, tile_affine
+from cytossl_monai.transforms.tiling.dictionary import IterateTiles, LoadSlided, LoadTiled, TileSlided
 
 WIDTH, HEIGHT = 900, 600
 DOTS = [(130, 140), (450, 420), (700, 80)]

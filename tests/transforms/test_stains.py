@@ -7,7 +7,7 @@ import pytest
 import torch
 from skimage import color
 
-from cytossl_monai.transforms.stains import (
+from cytossl_monai.transforms.kernels.stains import (
     OD_MAX,
     STAINS,
     combine_stains,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from cytossl_monai.transforms.perturbation import BatchedNCP
-from cytossl_monai.transforms.views import ViewGenerator
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.views.generator import ViewGenerator
 
 
 def nucleus_tiles(batch: int = 4, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from cytossl_monai.utils.parallel import Outcome, WorkerDiedError, default_workers, run_parallel
+from cytossl_monai.utils.errors import WorkerDiedError
+from cytossl_monai.utils.parallel import Outcome, default_workers, run_parallel
 
 
 def work(item):

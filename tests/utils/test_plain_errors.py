@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cytossl_monai.utils.errors import SlideError
-from cytossl_monai.utils.plain_errors import failure
+from cytossl_monai.utils.errors import SlideError, failure
 
 
 def test_wrong_input_is_told_in_its_own_words() -> None:

@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from cytossl_monai.transforms.nuclei import segment_instances
+from cytossl_monai.transforms.nuclei.instances import segment_instances
 from cytossl_monai.visualize.gallery import GalleryTile
 from cytossl_monai.visualize.heatmap import tile_map
 from cytossl_monai.visualize.report_page import NOTICE, SlideReport

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from monai.transforms import LoadImage
 
-from cytossl_monai.data.slides import open_slide
+from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.visualize.geojson import feature_collection, write_geojson
 from cytossl_monai.visualize.heatmap import colours, display_scale, on_white, tile_map, write_heatmap_tiff
 from cytossl_monai.visualize.nifti import write_nifti

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from report_fixtures import cell_picture, chromium_dom, empty_answer, gallery_tiles, slide_report
 
-from cytossl_monai.data.slides import open_slide
-from cytossl_monai.data.synthetic import write_pyramid
-from cytossl_monai.data.tile_index import TileIndex
+from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.data.slides.write import write_pyramid
+from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.visualize.cohort_page import write_cohort_page
 from cytossl_monai.visualize.gallery import draw_gallery, outline_nuclei, read_gallery
 from cytossl_monai.visualize.heatmap import tile_map

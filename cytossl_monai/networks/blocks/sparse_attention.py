@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.networks.blocks.attention_dense import attend
-from cytossl_monai.networks.blocks.attention_flex import flex_pays, flex_routed_attention
-from cytossl_monai.networks.blocks.attention_reference import (
-    attention_mask,
-    num_kept,
-    reference_attention,
-)
-from cytossl_monai.networks.blocks.attention_routed import routed_attention, tiles_pay
+from cytossl_monai.networks.blocks.attention.dense import attend
+from cytossl_monai.networks.blocks.attention.flex import flex_pays, flex_routed_attention
+from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reference_attention
+from cytossl_monai.networks.blocks.attention.routed import routed_attention, tiles_pay
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
@@ -30,7 +26,7 @@ class SparseAttention(nn.Module):
     """Multi-head self-attention with iRPE and a choice of which keys a query keeps.
 
     Parameters have the names of MONAI's `SABlock` (``qkv``, ``out_proj``), with the tables of `IRPE` beside them.
-    What the modes mean is written in `cytossl_monai.networks.blocks.attention_reference`.
+    What the modes mean is written in `cytossl_monai.networks.blocks.attention.reference`.
 
     Args:
         hidden_size: width C of the tokens.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 if TYPE_CHECKING:
-    from cytossl_monai.networks.nets.encoders import Encoder
+    from cytossl_monai.networks.nets.encoder import Encoder
 
 __all__ = ["ScriptableEncoder"]
 
@@ -34,7 +34,7 @@ class ScriptableEncoder(nn.Module):
     """
 
     def __init__(self, encoder: "Encoder") -> None:
-        from cytossl_monai.networks.nets.encoders import encoder_hash
+        from cytossl_monai.networks.nets.encoder import encoder_hash
 
         super().__init__()
         network = encoder.network

@@ -1,0 +1,1 @@
+"""Bags: a slide's features with its target; items, splits, datasets, samplers, feature files."""

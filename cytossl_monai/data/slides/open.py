@@ -1,0 +1,150 @@
+"""Open a slide with whatever library can really decode it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cytossl_monai.data.slides.probes import is_tiff, probe, probes_agree, truncated_tiff
+from cytossl_monai.data.slides.readers.base import Backend, BackendError
+from cytossl_monai.data.slides.readers.openslide import OpenSlideBackend
+from cytossl_monai.data.slides.readers.tifffile import TiffFileBackend
+from cytossl_monai.data.slides.slide import BACKENDS, Slide
+from cytossl_monai.utils.errors import SlideError
+
+__all__ = ["MAX_MPP", "MIN_MPP", "open_slide"]
+
+MIN_MPP, MAX_MPP = 0.05, 20.0
+"""Micrometres per pixel outside of which a stated resolution is taken for a mistake (72 dpi are 353 um/px)."""
+
+
+_checked: dict[tuple[str, int, int], str] = {}
+
+
+def open_slide(
+    path: str | os.PathLike[str],
+    backend: Literal["auto", "cucim", "openslide", "tifffile", "frame"] = "auto",
+    mpp: float | None = None,
+    device: str = "cpu",
+) -> Slide:
+    """Open a slide with the first library that can really decode it.
+
+    cuCIM, then OpenSlide, then tifffile, then ITK (frames: PNG, JPEG, TIFF, DICOM). A file that ends too early and
+    one whose pixels the libraries do not agree on is refused: cuCIM alone would return garbage for it, silently.
+
+    Args:
+        path: the slide. For MRXS the ``.mrxs`` file, for a DICOM slide any ``.dcm`` of its series.
+        backend: a name, to insist on one library.
+        mpp: micrometres per pixel of level 0; overrides what the file states.
+        device: ``"cuda"`` decodes on the GPU (cuCIM with cupy and nvimgcodec) and returns tensors there.
+
+    Returns:
+        the open slide.
+
+    Raises:
+        SlideError: when the file is missing, damaged or no image, or states no usable resolution.
+        ValueError: for an unknown backend.
+    """
+    path = Path(path)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, but is {backend!r}")
+    if mpp is not None and not (np.isfinite(mpp) and MIN_MPP <= mpp <= MAX_MPP):
+        raise SlideError(
+            f"{path}: mpp {mpp} is not between {MIN_MPP} and {MAX_MPP} micrometres per pixel; "
+            "correct the mpp column of the slide table (or the mpp argument)."
+        )
+    if not path.exists():
+        raise SlideError(f"{path} does not exist; correct its path in the slide table.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise SlideError(f"{path} is empty (0 bytes); copy it again from the scanner.")
+    handle = _open_backend(path, backend)
+    try:
+        value, source = (float(mpp), "argument") if mpp is not None else (_file_mpp(path, handle), "file")
+        return Slide(path, handle, value, source, device)
+    except BaseException:
+        handle.close()
+        raise
+
+
+def _file_mpp(path: Path, handle: Backend) -> float:
+    found = handle.file_mpp
+    if found is not None and np.isfinite(found) and MIN_MPP <= found <= MAX_MPP:
+        return float(found)
+    said = "states no resolution" if found is None else f"states an absurd resolution ({found:.4g} um per pixel)"
+    raise SlideError(
+        f"{path} {said}; give micrometres per pixel in the mpp column of the slide table (or the mpp argument)."
+    )
+
+
+def _open_backend(path: Path, backend: str) -> Backend:
+    """Open by name, or by trying; the choice for an unchanged file is remembered within the process."""
+    status = path.stat()
+    key = (f"{backend}:{path.resolve()}", status.st_size, status.st_mtime_ns)
+    if key in _checked:
+        try:
+            return BACKENDS[_checked[key]](path)
+        except BackendError as error:
+            raise SlideError(f"{path} could be read before and cannot be opened now: {error}.") from error
+    missing = truncated_tiff(path) if path.is_file() else None
+    if missing:
+        raise SlideError(f"{path} is truncated: {missing}; copy it again from the scanner or leave it out.")
+    suffix = path.suffix.lower()
+    names = (
+        [backend] if backend != "auto" else [n for n, b in BACKENDS.items() if not b.suffixes or suffix in b.suffixes]
+    )
+    failures: list[str] = []
+    if not is_tiff(path):
+        # Neither would say more about such a file, and libtiff would print to the terminal.
+        if suffix in (".tif", ".tiff", ".svs"):
+            failures.append("its suffix says TIFF, its first bytes do not")
+        names = [name for name in names if name not in ("cucim", "tifffile")]
+    for name in names:
+        try:
+            handle = _open_and_probe(path, name)
+        except BackendError as error:
+            failures.append(f"{name}: {str(error).strip().rstrip('.')}")
+            continue
+        _checked[key] = name
+        return handle
+    raise SlideError(
+        f"{path} is not a readable slide or image ({'; '.join(failures) or 'no reader for this format'}); "
+        "check that it opens in a viewer, convert it to pyramidal TIFF, or leave it out."
+    )
+
+
+def _open_and_probe(path: Path, name: str) -> Backend:
+    """Open and decode samples. What cuCIM decodes must look the same to a second reader: it never reports damage."""
+    handle = BACKENDS[name](path)
+    try:
+        seen = probe(handle)
+        if name == "cucim":
+            _second_opinion(path, handle, seen)
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def _second_opinion(path: Path, handle: Backend, seen: list[np.ndarray]) -> None:
+    complaints = []
+    for other in (OpenSlideBackend, TiffFileBackend):
+        try:
+            witness = other(path)
+        except BackendError:
+            continue
+        try:
+            if witness.level_dimensions[0] != handle.level_dimensions[0]:
+                complaints.append(f"{other.name} sees another size")
+            elif probes_agree(seen, probe(witness)):
+                return
+            else:
+                complaints.append(f"{other.name} decodes other pixels")
+        except BackendError as error:
+            complaints.append(f"{other.name} cannot decode it: {error}")
+        finally:
+            witness.close()
+    if complaints:
+        raise BackendError("; ".join(complaints))

@@ -1,0 +1,1 @@
+"""Made-up cytology slides with known cells, for demos and tests."""

@@ -1,0 +1,1 @@
+"""Tiles of slides and images: index files, datasets, samplers, loaders."""

@@ -1,0 +1,268 @@
+"""Images that are not whole slides (folders of cells or frames, datalists), in the form that training reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from cytossl_monai.data.tiles.dataset import Item, Key, apply_transform, split_keys
+from cytossl_monai.utils.errors import InputError, TableError
+
+__all__ = ["ImageFolder", "ImageRecord", "fit_square", "list_images"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image, or one place in it.
+
+    Args:
+        path: the file.
+        label: its class, if known.
+        group: what must not straddle a split and shares a sampling quota: patient, slide or class folder.
+        x: column of the centre to crop around; None: the whole image.
+        y: row of that centre.
+    """
+
+    path: Path
+    label: str | None = None
+    group: str = ""
+    x: float | None = None
+    y: float | None = None
+
+
+def list_images(source: str | os.PathLike[str], key: str = "training") -> list[ImageRecord]:
+    """The images of a folder, a CSV table or a MONAI datalist, sorted by path within a folder.
+
+    Args:
+        source: a folder (``<class>/<image>``, or images directly, without labels); a ``.csv`` with the column ``image``
+            or ``path`` and, as they apply, ``label`` or ``class``, ``group`` or ``patient_id``, ``x``, ``y``; a
+            ``.json`` datalist with items ``{"image": ..., "label": ...}`` under ``key``. Relative paths are relative to
+            the table; those of a table beside a folder ``images`` may also be relative to that folder.
+        key: section of a datalist.
+
+    Returns:
+        one record an image.
+
+    Raises:
+        TableError: when the source does not exist, holds no image, or lacks the image column.
+    """
+    source = Path(source)
+    if source.is_dir():
+        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise TableError(f"no image ({', '.join(SUFFIXES)}) in {source}; give a folder of images")
+        return [
+            ImageRecord(p, p.parent.name if p.parent != source else None, str(p.parent.relative_to(source)))
+            for p in files
+        ]
+    if not source.is_file():
+        raise TableError(f"image source {source} does not exist; give a folder, a CSV table or a JSON datalist")
+    if source.suffix.lower() == ".json":
+        content = json.loads(source.read_text(encoding="utf-8"))
+        rows = content.get(key, []) if isinstance(content, dict) else content
+    else:
+        with open(source, newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    records = [_record(row, source, line) for line, row in enumerate(rows, start=1)]
+    if not records:
+        section = f" under {key!r}" if source.suffix.lower() == ".json" else ""
+        raise TableError(f"{source} lists no image{section}; give one entry an image, with the key 'image'")
+    return records
+
+
+def _record(row: dict[str, Any], table: Path, line: int) -> ImageRecord:
+    name = row.get("image") or row.get("path")
+    if not name:
+        raise TableError(f"{table}, entry {line}: no 'image'; give the image's path there")
+    path = table.parent / str(name)
+    if not path.exists() and (table.parent / "images" / str(name)).exists():
+        path = table.parent / "images" / str(name)
+    label = row.get("label", row.get("class"))
+    group = row.get("group", row.get("patient_id", label))
+    x, y = row.get("x"), row.get("y")
+    return ImageRecord(
+        path,
+        None if label in (None, "") else str(label),
+        "" if group is None else str(group),
+        None if x in (None, "") else float(x),  # type: ignore[arg-type]
+        None if y in (None, "") else float(y),  # type: ignore[arg-type]
+    )
+
+
+def fit_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Pad an image to a square with the median colour of its border, and resize it.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size: side of the result in pixels.
+
+    Returns:
+        (size, size, 3) uint8, area-averaged where it shrinks.
+    """
+    height, width = image.shape[:2]
+    side = max(height, width)
+    if height != width:
+        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        square = np.empty((side, side, 3), dtype=np.uint8)
+        square[:] = np.median(border, axis=0).astype(np.uint8)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[top : top + height, left : left + width] = image
+        image = square
+    if side == size:
+        return image
+    # PIL's bicubic filter widens with the scale: it averages where it shrinks.
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+class ImageFolder(Dataset[Item]):
+    """A map-style data set over images, with the items that ``TileDataset`` gives.
+
+    Args:
+        source: see ``list_images``; or a list of ``ImageRecord``.
+        size: side of the images it gives, pixels.
+        mpp: micrometres per pixel of the files. A number: one for all.
+        fit: ``"square"``: the whole image (or ``crop`` pixels around x, y where the record has them), padded to a
+            square and resized to ``size``; ``mpp`` changes with it. ``"tile"``: large frames are cut into a grid of
+            tiles of ``size`` pixels read at ``tile_mpp``, each an item of its own.
+        crop: side in pixels of the file of what is cut out around a record's centre.
+        tile_mpp: with ``fit="tile"``, the scale to read at; default: the file's own.
+        transform: applied to each item in the worker.
+        cache: keep the decoded, resized images in memory (uint8): for sets of some thousand small images.
+
+    Attributes:
+        labels: list of class names or None, one an item.
+        groups: (n,) int64, the number of each item's group.
+        group_names: list of str, one an item, for splits.
+
+    Raises:
+        TableError: when there is no image.
+        InputError: while reading, when a file is missing or is no image.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Sequence[ImageRecord],
+        size: int = 224,
+        mpp: float = 0.5,
+        fit: Literal["square", "tile"] = "square",
+        crop: int = 128,
+        tile_mpp: float | None = None,
+        transform: Callable[[Item], Item] | None = None,
+        cache: bool = False,
+    ) -> None:
+        if fit not in ("square", "tile"):
+            raise ValueError(f"fit must be 'square' or 'tile', got {fit!r}")
+        if size < 1 or crop < 1 or mpp <= 0:
+            raise ValueError(f"size, crop and mpp must be above zero, got {size}, {crop}, {mpp}")
+        records = list_images(source) if isinstance(source, str | os.PathLike) else list(source)
+        if not records:
+            raise TableError("no image to read; give a folder or a table that lists some")
+        self.size, self.mpp, self.fit, self.crop, self.transform = size, float(mpp), fit, crop, transform
+        self.scale = 1.0 if tile_mpp is None else float(tile_mpp) / self.mpp
+        self.side = max(1, round(size * self.scale))
+        self.records: list[ImageRecord] = []
+        for record in records:
+            self.records += self._grid(record) if fit == "tile" else [record]
+        self.labels = [record.label for record in self.records]
+        self.group_names = [record.group for record in self.records]
+        self.groups: np.ndarray = np.unique(self.group_names, return_inverse=True)[1].astype(np.int64)
+        self.weights: np.ndarray | None = None
+        self._cache: dict[int, tuple[np.ndarray, float]] | None = {} if cache else None
+        self._last: tuple[Path, np.ndarray] | None = None
+
+    def _grid(self, record: ImageRecord) -> list[ImageRecord]:
+        """Evenly spread tile centres that cover a frame; the last ones overlap rather than leave a rest."""
+        width, height = _image_size(record.path)
+        columns, rows = (max(1, math.ceil(extent / self.side)) for extent in (width, height))
+        xs = np.linspace(min(self.side, width) / 2, width - min(self.side, width) / 2, columns)
+        ys = np.linspace(min(self.side, height) / 2, height - min(self.side, height) / 2, rows)
+        return [ImageRecord(record.path, record.label, record.group, float(x), float(y)) for y in ys for x in xs]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _read(self, number: int) -> tuple[np.ndarray, float]:
+        """(3, size, size) uint8 and the micrometres per pixel of the result."""
+        if self._cache is not None and number in self._cache:
+            return self._cache[number]
+        record = self.records[number]
+        if self._last is None or self._last[0] != record.path:  # places in one frame often follow each other
+            self._last = record.path, _load_rgb(record.path)
+        image = self._last[1]
+        if record.x is not None and record.y is not None:
+            image = _crop(image, record.x, record.y, self.side if self.fit == "tile" else self.crop)
+        mpp = self.mpp * max(image.shape[:2]) / self.size
+        result = np.ascontiguousarray(fit_square(image, self.size).transpose(2, 0, 1)), mpp
+        if self._cache is not None:
+            self._cache[number] = result
+        return result
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Item]:
+        """Read many images."""
+        items = []
+        for number, sample in zip(*split_keys(keys)):
+            record = self.records[number]
+            image, mpp = self._read(int(number))
+            items.append(
+                {
+                    "image": torch.from_numpy(image),
+                    "mpp": np.float32(mpp),
+                    "slide_id": record.path.stem,
+                    "x": int(record.x or 0),
+                    "y": int(record.y or 0),
+                    "sample": int(sample),
+                }
+            )
+        return apply_transform(self.transform, items)
+
+    def __getitem__(self, key: Key) -> Item:
+        return self.__getitems__([key])[0]
+
+
+def _load_rgb(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise InputError(f"image {path} does not exist; correct its path in the table") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"image {path} cannot be read ({error}); leave it out or replace it") from error
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Width and height from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError as error:
+        raise InputError(f"image {path} does not exist; correct its path in the table") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"image {path} cannot be read ({error}); leave it out or replace it") from error
+
+
+def _crop(image: np.ndarray, x: float, y: float, side: int) -> np.ndarray:
+    """(side, side, 3) around (x, y), moved inside the image; a smaller image is padded with its border's median."""
+    height, width = image.shape[:2]
+    left = min(max(round(x - side / 2), 0), max(width - side, 0))
+    top = min(max(round(y - side / 2), 0), max(height - side, 0))
+    part = image[top : top + side, left : left + side]
+    if part.shape[:2] == (side, side):
+        return part
+    border = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]])
+    full = np.empty((side, side, 3), dtype=np.uint8)
+    full[:] = np.median(border, axis=0).astype(np.uint8)
+    full[: part.shape[0], : part.shape[1]] = part
+    return full

@@ -1,0 +1,1 @@
+"""Slide classifiers: training, folds, few labels, prediction, evaluation."""

@@ -1,0 +1,230 @@
+"""Patient-wise cross-validation: every fold trains by the bundle's own configuration, in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cytossl_monai.data.bags.items import bag_encoder, bag_items
+from cytossl_monai.data.bags.splits import fold_numbers
+from cytossl_monai.engines.bundle import run_training
+from cytossl_monai.engines.mil.evaluation import write_evaluation
+from cytossl_monai.engines.mil.predict import predict_items
+from cytossl_monai.metrics.bootstrap import Interval
+from cytossl_monai.networks.mil.checkpoint import load_classifier, network_config, save_classifier
+from cytossl_monai.networks.mil.classifier import MILClassifier
+from cytossl_monai.networks.mil.ensemble import MILEnsemble
+from cytossl_monai.utils.errors import CheckpointError, TableError
+from cytossl_monai.utils.files import file_fingerprint, write_json
+from cytossl_monai.utils.parallel import default_workers, run_parallel
+
+__all__ = ["CrossValidation", "cross_validate"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What a cross-validation gives.
+
+    Args:
+        intervals: the figures of the pooled out-of-fold predictions, each with its 95 % interval.
+        probabilities: (n, C) out-of-fold probability of every slide.
+        labels: (n,) or (n, C).
+        slides: (n,) slide_ids.
+        folds: (n,) the fold that a slide was held out in.
+        ensemble: path of the classifier that averages the folds.
+    """
+
+    intervals: dict[str, Interval]
+    probabilities: np.ndarray
+    labels: np.ndarray
+    slides: list[str]
+    folds: np.ndarray
+    ensemble: Path
+
+
+@dataclass(frozen=True)
+class _Fold:
+    number: int
+    files: tuple[str, ...]
+    overrides: dict[str, Any]
+    folder: str
+    held_out: tuple[dict[str, Any], ...]
+    stamp: str
+
+
+def _run_fold(fold: _Fold) -> int:
+    folder = Path(fold.folder)
+    run_training(fold.files, {**fold.overrides, "output_dir": str(folder), "model_path": str(folder / "model.pt")})
+    classifier = load_classifier(folder / "model.pt")
+    probabilities, logits = predict_items(classifier, fold.held_out)
+    # Written last: a fold with this file is whole.
+    write_json(
+        folder / "fold.json",
+        {
+            "stamp": fold.stamp,
+            "fold": fold.number,
+            "slides": [item["slide_id"] for item in fold.held_out],
+            "probabilities": probabilities.astype(float).tolist(),
+            "logits": logits.double().tolist(),
+            "temperature": float(classifier.temperature),
+            "validation": classifier.meta.get("validation"),
+        },
+    )
+    return fold.number
+
+
+def _finished(fold: _Fold) -> dict[str, Any] | None:
+    """What a fold left, when it was finished with the same data and settings; None otherwise."""
+    path = Path(fold.folder) / "fold.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        load_classifier(Path(fold.folder) / "model.pt")
+    except (json.JSONDecodeError, CheckpointError) as error:
+        logger.warning("fold %d is done again: %s", fold.number, error)
+        return None
+    return content if content.get("stamp") == fold.stamp else None
+
+
+def cross_validate(
+    config: str | os.PathLike[str],
+    slides: str | os.PathLike[str],
+    features_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    target: str = "multiclass",
+    classes: Sequence[str] | None = None,
+    n_folds: int = 5,
+    seed: int = 0,
+    overlays: Sequence[str | os.PathLike[str]] = (),
+    overrides: Mapping[str, Any] | None = None,
+    num_workers: int | None = None,
+    n_resamples: int = 2000,
+) -> CrossValidation:
+    """Train k classifiers, each without one fold of the patients, and judge each slide by the one that never saw it.
+
+    Fold i is tested on, the fold after it decides when training stops, the others train: the test slides have no say in
+    their classifier. Finished folds are kept and not trained again unless slides, labels, features or settings changed.
+
+    Writes to ``output_dir``: ``fold_<i>/`` (model, log, predictions), ``predictions.csv`` (pooled, out of fold),
+    ``metrics.json``, ``roc.png``, ``confusion_matrix.png``, and ``model.pt``: the folds' ensemble, for inference.
+
+    Args:
+        config: the bundle's ``train.json``.
+        slides: slide table with labels; its column ``fold``, if full, gives the folds.
+        features_dir: folder of ``<slide_id>.h5``.
+        output_dir: where to.
+        target: kind of target.
+        classes: names in order, or None.
+        n_folds: k, where the table has no folds.
+        seed: of folds and training.
+        overlays: configuration files laid over ``config``.
+        overrides: values to set in it.
+        num_workers: folds at a time; None: one a core on a CPU, 1 with CUDA; 0: all in this process.
+        n_resamples: draws of the bootstrap.
+
+    Returns:
+        figures and predictions.
+
+    Raises:
+        TableError: for folds that cannot be (see ``data.bags.splits``), fewer than three.
+        FeatureError: for features that cannot be used.
+        RuntimeError: when a fold failed; the message names it, the finished ones are kept.
+    """
+    output_dir, files = Path(output_dir), (str(config), *(str(path) for path in overlays))
+    items = bag_items(slides, features_dir, target, classes)
+    encoder = bag_encoder(items)
+    folds = fold_numbers(items, n_folds, seed)
+    numbers = sorted(set(folds.tolist()))
+    if len(numbers) < 3:
+        raise TableError(f"cross-validation needs at least 3 folds (test, validation, training), got {len(numbers)}")
+    settings = {**(overrides or {})}
+    settings |= {"slides": str(Path(slides).resolve()), "features_dir": str(Path(features_dir).resolve())}
+    settings |= {"target": target, "classes": items[0]["classes"], "n_folds": n_folds, "seed": seed}
+    stamp = _stamp(files, settings, items, folds)
+    jobs = []
+    for place, number in enumerate(numbers):
+        following = numbers[(place + 1) % len(numbers)]
+        held_out = tuple(item for item, fold in zip(items, folds) if fold == number)
+        jobs.append(
+            _Fold(
+                number,
+                files,
+                {**settings, "fold": following, "test_fold": number, "bundle_root": str(Path(config).parents[1])},
+                str(output_dir / f"fold_{number}"),
+                held_out,
+                stamp,
+            )
+        )
+    done = {job.number: _finished(job) for job in jobs}
+    waiting = [job for job in jobs if done[job.number] is None]
+    if len(waiting) < len(jobs):
+        logger.info("%d of %d folds are finished already", len(jobs) - len(waiting), len(jobs))
+    workers = (1 if torch.cuda.is_available() else default_workers()) if num_workers is None else num_workers
+    failures = [
+        outcome for outcome in run_parallel(_run_fold, waiting, workers, title="folds") if outcome.error is not None
+    ]
+    if failures:
+        inputs = [f.error for f in failures if isinstance(f.error, ValueError)]
+        if inputs:
+            raise inputs[0]
+        told = "; ".join(f"fold {f.item.number}: {f.error}" for f in failures)
+        raise RuntimeError(f"{len(failures)} of {len(jobs)} folds failed ({told}); start again to do those alone")
+    results = [_finished(job) for job in jobs]
+    place_of = {item["slide_id"]: i for i, item in enumerate(items)}
+    probabilities = np.zeros((len(items), len(items[0]["classes"])))
+    for result in results:
+        assert result is not None, "a fold that did not fail has left its result"
+        probabilities[[place_of[s] for s in result["slides"]]] = result["probabilities"]
+    labels = np.array([item["label"] for item in items])
+    names = [item["slide_id"] for item in items]
+    intervals = write_evaluation(
+        output_dir,
+        names,
+        [item["patient_id"] for item in items],
+        labels,
+        probabilities,
+        items[0]["classes"],
+        target,
+        n_resamples,
+        seed,
+    )
+    auc = intervals["auc"]
+    members = [load_classifier(Path(job.folder) / "model.pt") for job in jobs]
+    ensemble = MILClassifier(
+        MILEnsemble([m.network for m in members], target, [float(m.temperature) for m in members]),
+        members[0].classes,
+        target,
+        encoder=encoder,
+        meta={"out_of_fold": {name: i.as_dict() for name, i in intervals.items()}, "n_slides": len(items)},
+    )
+    logger.info("ensemble of %s", [network_config(m.network)["_target_"] for m in members[:1]])
+    path = save_classifier(output_dir / "model.pt", ensemble)
+    print(f"{len(items)} slides, {len(jobs)} folds: out-of-fold AUC {auc}")
+    return CrossValidation(intervals, probabilities, labels, names, folds, path)
+
+
+def _stamp(
+    files: Sequence[str], settings: Mapping[str, Any], items: Sequence[dict[str, Any]], folds: np.ndarray
+) -> str:
+    """Digest of all that a fold's result depends on."""
+    content = {
+        "files": [file_fingerprint(path) for path in files],
+        "settings": {key: value for key, value in settings.items() if key not in ("slides", "features_dir")},
+        "items": [
+            [i["slide_id"], i["patient_id"], np.asarray(i["label"]).tolist(), file_fingerprint(i["features"]), int(f)]
+            for i, f in zip(items, folds)
+        ],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""What an evaluation writes: predictions.csv, metrics.json, ROC curve and confusion matrix."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cytossl_monai.metrics.bootstrap import Interval, bootstrap_intervals
+from cytossl_monai.metrics.calibration import brier_score, expected_calibration_error
+from cytossl_monai.metrics.classification import classification_metrics, decisions
+from cytossl_monai.utils.files import atomic_path, write_json
+from cytossl_monai.visualize.curves_mil import plot_confusion_matrix, plot_roc
+
+__all__ = ["prediction_table", "write_evaluation"]
+
+logger = logging.getLogger(__name__)
+
+
+def prediction_table(
+    slides: Sequence[str],
+    patients: Sequence[str],
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    target: str = "multiclass",
+    labels: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """One row a slide: ``slide_id, patient_id, [label,] predicted, prob_<class>...``.
+
+    Findings of ``multilabel`` are joined by ``|``, "none" where there is none.
+    """
+
+    def names(values: np.ndarray) -> list[str]:
+        if values.ndim == 2:
+            return ["|".join(c for c, v in zip(classes, row) if v) or "none" for row in values]
+        return [classes[int(v)] for v in values]
+
+    columns: dict[str, Any] = {"slide_id": list(slides), "patient_id": list(patients)}
+    if labels is not None:
+        columns["label"] = names(np.asarray(labels))
+    columns["predicted"] = names(decisions(probabilities, target))
+    columns |= {f"prob_{name}": probabilities[:, c] for c, name in enumerate(classes)}
+    return pd.DataFrame(columns)
+
+
+def write_evaluation(
+    output_dir: str | os.PathLike[str],
+    slides: Sequence[str],
+    patients: Sequence[str],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    target: str = "multiclass",
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Write ``predictions.csv``, ``metrics.json``, ``roc.png`` and ``confusion_matrix.png``.
+
+    Args:
+        output_dir: where to.
+        slides: (n,) slide_ids.
+        patients: (n,) patient_ids: the bootstrap draws whole patients.
+        labels: (n,) classes or (n, C) findings.
+        probabilities: (n, C).
+        classes: names of the C classes.
+        target: kind of target.
+        n_resamples: draws of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        the figures of ``classification_metrics`` and ``ece``, ``brier``, with 95 % intervals.
+    """
+    folder = Path(output_dir)
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+
+    def figures(rows: np.ndarray) -> dict[str, float]:
+        y, p = labels[rows], probabilities[rows]
+        return {
+            **classification_metrics(y, p, target),
+            "ece": expected_calibration_error(y, p),
+            "brier": brier_score(y, p),
+        }
+
+    strata = labels if labels.ndim == 1 else labels.any(axis=1).astype(int)
+    intervals = bootstrap_intervals(figures, len(labels), patients, strata, n_resamples, seed=seed)
+    table = prediction_table(slides, patients, probabilities, classes, target, labels)
+    with atomic_path(folder / "predictions.csv") as partial:
+        table.to_csv(partial, index=False, float_format="%.6f")
+    predicted = decisions(probabilities, target)
+    plot_confusion_matrix(folder / "confusion_matrix.png", labels, predicted, classes)
+    if plot_roc(folder / "roc.png", labels, probabilities, classes, target) is None:
+        logger.warning("no ROC curve: the slides hold one class only")
+    summary = {
+        "n_slides": len(labels),
+        "n_patients": len(set(patients)),
+        "classes": list(classes),
+        "target": target,
+        "metrics": {name: interval.as_dict() for name, interval in intervals.items()},
+    }
+    write_json(folder / "metrics.json", summary)
+    for name, interval in intervals.items():
+        logger.info("%s: %s", name, interval)
+    return intervals

@@ -1,0 +1,1 @@
+"""Self-supervised pretraining: the trainer and the parts that it stands on."""

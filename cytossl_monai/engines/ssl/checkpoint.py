@@ -1,0 +1,177 @@
+"""Training checkpoints: whole or absent, plain tensors, and strict about what they fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cytossl_monai.engines.ssl.sharding import full_state, load_full_state, name_of
+from cytossl_monai.utils.distributed import is_main, world_size
+from cytossl_monai.utils.errors import CheckpointError
+from cytossl_monai.utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from cytossl_monai.engines.ssl.trainer import SSLTrainer
+
+__all__ = ["find_checkpoints", "load_checkpoint", "read_checkpoint", "save_checkpoint", "step_of"]
+
+logger = logging.getLogger(__name__)
+FORMAT, VERSION = "cytossl-train", 1
+_NAME = re.compile(r"step_(\d+)\.pt$")
+
+
+def save_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> Path:
+    """Write everything that a run needs to go on, atomically. Call it in all processes; the first one writes.
+
+    Random states are not part of it: every step seeds its own from (seed, step, process).
+
+    Args:
+        trainer: a trainer between two steps.
+        path: the file.
+    """
+    method = trainer.method
+    model_state, optimizer_state = full_state(method, trainer.optimizer)
+    path = Path(path)
+    if is_main():
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": trainer.state.iteration,
+            "epoch_length": trainer.state.epoch_length,
+            "total_steps": trainer.total_steps,
+            "method": name_of(method),
+            "model": model_state,
+            "optimizer": optimizer_state,
+            "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else {},
+            "world_size": world_size(),
+            "data": trainer.data_fingerprint(),
+            "metrics": {k: float(v) for k, v in trainer.state.metrics.items() if isinstance(v, int | float)},
+            "handlers": {name: handler.state_dict() for name, handler in trainer.stateful.items()},
+        }
+        with atomic_path(path) as partial:
+            torch.save(content, partial)
+    return path
+
+
+def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a training checkpoint.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist; give one that a run wrote, or start anew")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({_first_line(error)}); delete it and go on from another"
+        ) from error
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no training checkpoint; give a step_*.pt of a pretraining run (an encoder's model.pt is loaded "
+            "as the encoder's weights)"
+        )
+    if int(content["version"]) > VERSION:
+        raise CheckpointError(f"checkpoint {path} is of version {content['version']}; update the program to read it")
+    return dict(content)
+
+
+def load_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> int:
+    """Put a trainer where a checkpoint was written.
+
+    Args:
+        trainer: configured as the run that wrote it.
+        path: the file.
+
+    Returns:
+        the number of steps done.
+
+    Raises:
+        CheckpointError: when the file cannot be read or was made for another architecture or optimiser.
+    """
+    content = read_checkpoint(path)
+    method = trainer.method
+    _check_fits(method, content, Path(path))
+    try:
+        load_full_state(method, trainer.optimizer, content["model"], content["optimizer"])
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {path} was made with another optimiser ({_first_line(error)}); restore the configuration it "
+            "was trained with, or use another output_dir"
+        ) from error
+    if trainer.scaler is not None and content["scaler"]:
+        trainer.scaler.load_state_dict(content["scaler"])
+    for name, handler in trainer.stateful.items():
+        if name in content["handlers"]:
+            handler.load_state_dict(content["handlers"][name])
+    trainer.state.metrics.update(content["metrics"])
+    step = int(content["step"])
+    _warn_if_changed(trainer, content)
+    trainer.state.iteration = step
+    trainer.state.epoch = step // trainer.state.epoch_length
+    return step
+
+
+def _check_fits(method: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    """Compare names and shapes, and name the first that differs."""
+    there = {name: tuple(value.shape) for name, value in content["model"].items() if isinstance(value, torch.Tensor)}
+    here = {name: tuple(value.shape) for name, value in method.state_dict().items() if isinstance(value, torch.Tensor)}
+    missing, extra = sorted(set(here) - set(there)), sorted(set(there) - set(here))
+    shapes = [name for name in here if name in there and here[name] != there[name]]
+    if not (missing or extra or shapes):
+        return
+    if shapes:
+        name = shapes[0]
+        what = f"{name} is {there[name]} there and {here[name]} here"
+    else:
+        what = f"{missing[0]} is not in it" if missing else f"it has {extra[0]}, this one has not"
+    count = len(missing) + len(extra) + len(shapes)
+    raise CheckpointError(
+        f"checkpoint {path} was made for another architecture ({content['method']}; {what}; {count} differences); "
+        "restore the configuration it was trained with, or use another output_dir"
+    )
+
+
+def _warn_if_changed(trainer: SSLTrainer, content: Mapping[str, Any]) -> None:
+    """Say in words why a resumed run will not repeat the uninterrupted one."""
+    before, now = content["data"], trainer.data_fingerprint()
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        logger.warning(
+            "The run goes on, but not on the same samples as before: %s changed since the checkpoint.",
+            ", ".join(f"{name} ({before[name]} -> {now[name]})" for name in changed),
+        )
+    if content["total_steps"] != trainer.total_steps:
+        logger.warning(
+            "The run was planned for %d steps and is now planned for %d: its schedules go on from the new plan.",
+            content["total_steps"],
+            trainer.total_steps,
+        )
+
+
+def step_of(path: Path) -> int:
+    """Step of a file ``step_<n>.pt``; -1 for another name."""
+    found = _NAME.search(path.name)
+    return int(found.group(1)) if found else -1
+
+
+def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The ``step_<n>.pt`` files of a folder, newest step first; unfinished files have other names."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.glob("step_*.pt") if step_of(p) >= 0), key=step_of, reverse=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,1 @@
+"""Studies over many runs: ablation, representation, and their tables."""

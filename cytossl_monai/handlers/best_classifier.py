@@ -1,0 +1,116 @@
+"""Early stopping that keeps the best classifier, calibrates it and writes it."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+
+from cytossl_monai.engines.mil.trainer import BagMetric
+from cytossl_monai.metrics.calibration import fit_temperature
+from cytossl_monai.networks.mil.checkpoint import save_classifier
+from cytossl_monai.networks.mil.classifier import MILClassifier
+from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.files import atomic_path
+
+__all__ = ["BestClassifier"]
+
+logger = logging.getLogger(__name__)
+
+
+class BestClassifier:
+    """Watches validation, stops when it no longer improves, and writes the classifier of the best epoch.
+
+    Better means a higher AUC; among equal AUCs, which are common on few slides, a lower loss. Attach it after MONAI's
+    ``ValidationHandler``, which fills the evaluator's metrics.
+
+    Args:
+        evaluator: the validation engine, with the metrics ``auc`` and ``loss`` (``BagMetric``).
+        classifier: whose network is trained.
+        path: the classifier file.
+        patience: epochs without improvement before training ends; None never ends it early.
+        min_epochs: epochs before training may end.
+        calibrate: fit the temperature on the validation slides.
+        log_path: CSV with one line an epoch; None: none.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        classifier: MILClassifier,
+        path: str | os.PathLike[str],
+        patience: int | None = 15,
+        min_epochs: int = 10,
+        calibrate: bool = True,
+        log_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.evaluator, self.classifier, self.path = evaluator, classifier, Path(path)
+        self.patience, self.min_epochs, self.calibrate = patience, min_epochs, calibrate
+        self.log_path = None if log_path is None else Path(log_path)
+        self.best: dict[str, Any] = {"auc": -math.inf, "loss": math.inf, "epoch": 0}
+        self.history: list[dict[str, float]] = []
+        self._state: dict[str, torch.Tensor] | None = None
+        self._collected = BagMetric("loss", classifier.target)
+        self._logits: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._train_loss: list[float] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        self._collected.attach(self.evaluator, "_collected")
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._keep_loss)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.TERMINATE, self._finish)
+
+    def _keep_loss(self, engine: Engine) -> None:
+        loss = float(engine.state.output["loss"].detach())
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} in epoch {engine.state.epoch}: lower the learning rate or look at the features"
+            )
+        self._train_loss.append(loss)
+
+    def _judge(self, engine: Engine) -> None:
+        metrics, epoch = self.evaluator.state.metrics, int(engine.state.epoch)
+        auc, loss = float(metrics["auc"]), float(metrics["loss"])
+        line = {"epoch": epoch, "train_loss": sum(self._train_loss) / max(1, len(self._train_loss))}
+        line |= {f"val_{name}": float(v) for name, v in metrics.items() if not name.startswith("_")}
+        self.history.append(line)
+        self._train_loss = []
+        logger.info("epoch %d: loss %.3f, validation loss %.3f, AUC %.3f", epoch, line["train_loss"], loss, auc)
+        # An AUC that is undefined (a class is absent) leaves the decision to the loss.
+        rank = auc if math.isfinite(auc) else 0.0
+        if (rank, -loss) > (self.best["auc"] + 1e-9, -self.best["loss"]) or (
+            abs(rank - self.best["auc"]) <= 1e-9 and loss < self.best["loss"]
+        ):
+            self.best = {"auc": rank, "loss": loss, "epoch": epoch}
+            self._state = copy.deepcopy(self.classifier.network.state_dict())
+            self._logits = (torch.cat(self._collected._logits), torch.cat(self._collected._labels))
+        elif self.patience is not None and epoch >= self.min_epochs and epoch - self.best["epoch"] >= self.patience:
+            logger.info("no improvement for %d epochs: training ends at epoch %d", self.patience, epoch)
+            engine.terminate()
+
+    def _finish(self, engine: Engine) -> None:
+        if self._state is None or self._logits is None:
+            return
+        self.classifier.network.load_state_dict(self._state)
+        temperature = fit_temperature(*self._logits, self.classifier.target) if self.calibrate else 1.0
+        self.classifier.temperature.fill_(temperature)
+        self.classifier.trained = True
+        self.classifier.meta |= {"validation": dict(self.best), "n_epochs": len(self.history)}
+        save_classifier(self.path, self.classifier)
+        if self.log_path is not None:
+            with atomic_path(self.log_path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, list(self.history[0]))
+                writer.writeheader()
+                writer.writerows(self.history)
+        logger.info("best epoch %(epoch)d: validation AUC %(auc).3f, loss %(loss).3f", self.best)
+        self._state = None  # COMPLETED also fires after TERMINATE: write once

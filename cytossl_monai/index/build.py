@@ -1,0 +1,344 @@
+"""From slides to tile indexes: tiles are proposed where cells lie and kept where nuclei are."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
+from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.data.slides.slide import Slide
+from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
+from cytossl_monai.index.low_power import Grid, InkRules, look_at_low_power
+from cytossl_monai.index.nuclei import NucleusRules, count_nuclei
+from cytossl_monai.index.overview import draw_overview
+from cytossl_monai.utils.errors import TableError, failure
+from cytossl_monai.utils.files import file_fingerprint
+from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.report import RunReport
+
+__all__ = ["EmptySlideError", "IndexSettings", "SlideIndexer", "index_slide", "index_slides", "index_to_file"]
+
+
+class EmptySlideError(TableError):
+    """No tile of the slide is worth keeping."""
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """Which tiles to look for and which to keep. Densities are optical densities, log10 of glass over pixel.
+
+    Args:
+        tile_size: side of a tile in pixels at ``mpp``.
+        mpp: micrometres per pixel that tiles are to be read at.
+        search_mpp: micrometres per pixel of the look at low power that proposes tiles.
+        nuclei_mpp: micrometres per pixel at which nuclei are counted.
+        foreground_density: a pixel denser than this against the slide's own glass is foreground.
+        nuclear_density: a pixel denser than this in red and in green may belong to a nucleus.
+        min_dark_um2: a tile is proposed when this much of it may belong to nuclei, square micrometres.
+        min_nucleus_um2: least area of a nucleus, square micrometres.
+        min_contrast: density by which a nucleus exceeds its surroundings.
+        min_edge: density per micrometre at a nucleus' steepest edge.
+        max_elongation: length over width of a nucleus; threads have more.
+        min_nuclei: a tile is kept when it holds at least so many nuclei.
+        min_sharpness: tiles less sharp than this are left out; the slide's sharp tiles have about 1.
+        max_ink_fraction: tiles with more than this share under a pen mark are left out.
+        ink: what is a pen mark.
+    """
+
+    tile_size: int = 224
+    mpp: float = 0.5
+    search_mpp: float = 4.0
+    nuclei_mpp: float = 1.0
+    foreground_density: float = 0.04
+    nuclear_density: float = 0.1
+    min_dark_um2: float = 12.0
+    min_nucleus_um2: float = 10.0
+    min_contrast: float = 0.06
+    min_edge: float = 0.05
+    max_elongation: float = 4.0
+    min_nuclei: int = 1
+    min_sharpness: float = 0.35
+    max_ink_fraction: float = 0.1
+    ink: InkRules = field(default_factory=InkRules)
+
+    def __post_init__(self) -> None:
+        if self.tile_size < 16:
+            raise ValueError(f"tile_size must be at least 16 pixels, not {self.tile_size}")
+        for name in ("mpp", "search_mpp", "nuclei_mpp"):
+            if not 0.05 <= getattr(self, name) <= 20:
+                raise ValueError(f"{name} must be 0.05 to 20 micrometres per pixel, not {getattr(self, name)}")
+        if self.min_nuclei < 0:
+            raise ValueError(f"min_nuclei must be 0 or more, not {self.min_nuclei}")
+
+
+def index_slide(
+    record: SlideRecord, settings: IndexSettings | None = None, num_threads: int = 1, device: str = "cpu"
+) -> TileIndex:
+    """Index one slide.
+
+    Tiles lie on a grid from the slide's top-left corner. A look at low power proposes those with something dark enough
+    for a nucleus that is no pen mark; there nuclei are counted at a moderate resolution, and tiles with nuclei in focus
+    are kept.
+
+    Args:
+        record: the slide; its ``mpp`` overrides what the file says.
+        settings: what to look for; None for the defaults.
+        num_threads: threads within the slide.
+        device: where to decode and to find nuclei, ``cpu`` or ``cuda``.
+
+    Returns:
+        the index; it may hold no tile.
+
+    Raises:
+        SlideError: when the slide cannot be read or its resolution is not known.
+    """
+    settings = settings or IndexSettings()
+    with open_slide(record.path, mpp=record.mpp, device=device) as slide:
+        return _index(record, slide, settings, num_threads)
+
+
+def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threads: int) -> TileIndex:
+    grid = Grid.over(slide, max(1, round(settings.tile_size * settings.mpp / slide.mpp)))
+    low = look_at_low_power(
+        slide,
+        grid,
+        settings.search_mpp,
+        settings.foreground_density,
+        settings.nuclear_density,
+        settings.ink,
+        num_threads,
+    )
+    tile_um2 = (grid.size * slide.mpp) ** 2
+    clear = low.ink <= settings.max_ink_fraction
+    proposed = clear & (low.dark * tile_um2 >= settings.min_dark_um2)
+    rules = NucleusRules(settings.min_nucleus_um2, settings.min_contrast, settings.min_edge, settings.max_elongation)
+    nuclei = count_nuclei(slide, grid, proposed, settings.nuclei_mpp, rules, num_threads)
+    with_nuclei = proposed & (nuclei.count >= max(1, settings.min_nuclei))
+    # Sharp is what the slide's own sharp tiles are: stains and scanners differ.
+    reference = float(np.percentile(nuclei.sharpness[with_nuclei], 90)) if with_nuclei.any() else 1.0
+    sharpness = nuclei.sharpness / max(reference, 1e-6)
+    in_focus = with_nuclei & (sharpness >= settings.min_sharpness)
+    kept = in_focus if settings.min_nuclei else in_focus | (clear & ~with_nuclei & (low.foreground > 0))
+    rows, columns = np.nonzero(kept)
+    table = pd.DataFrame(
+        {
+            "slide_id": record.slide_id,
+            "x": columns * grid.size,
+            "y": rows * grid.size,
+            "size": grid.size,
+            "level": slide.best_level(settings.mpp),
+            "mpp": settings.mpp,
+            "n_nuclei": nuclei.count[kept],
+            "nuclei_fraction": nuclei.fraction[kept],
+            "foreground_fraction": low.foreground[kept],
+            "sharpness": sharpness[kept],
+        },
+        columns=list(COLUMNS),
+    )
+    status = record.path.stat()
+    meta: dict[str, Any] = {
+        **_identity(record, settings),
+        "slide_size": status.st_size,
+        "slide_mtime": status.st_mtime,
+        "width": slide.width,
+        "height": slide.height,
+        "level0_mpp": slide.mpp,
+        "backend": slide.backend,
+        "grid": {"columns": grid.columns, "rows": grid.rows},
+        "tiles": {
+            "grid": grid.columns * grid.rows,
+            "ink": int((~clear).sum()),
+            "proposed": int(proposed.sum()),
+            "without_nuclei": int((proposed & ~with_nuclei).sum()),
+            "out_of_focus": int((with_nuclei & ~in_focus).sum()),
+            "kept": int(kept.sum()),
+        },
+        "nuclei": int(nuclei.count[kept].sum()),
+    }
+    return TileIndex(table, meta)
+
+
+def _identity(record: SlideRecord, settings: IndexSettings) -> dict[str, Any]:
+    """What an index must agree in to be still the right one."""
+    return {
+        "version": VERSION,
+        "slide_id": record.slide_id,
+        "slide_path": str(record.path),
+        "table_mpp": record.mpp,
+        "fingerprint": file_fingerprint(record.path),
+        "settings": asdict(settings),
+    }
+
+
+def index_slides(
+    records: Sequence[SlideRecord],
+    output_dir: str | os.PathLike[str],
+    settings: IndexSettings | None = None,
+    num_workers: int | None = None,
+    device: str = "cpu",
+    overview: bool = True,
+    progress: bool = True,
+) -> RunReport:
+    """Index many slides; what is there already, made from the same slide with the same settings, stays.
+
+    Writes ``<slide_id>.parquet`` and ``<slide_id>_overview.png`` for each slide, ``report.csv`` for all. A slide that
+    fails is reported with the reason and the others go on. A slide without cells is ``empty`` and gets no index.
+
+    Args:
+        records: the slides.
+        output_dir: folder to write to.
+        settings: what to look for; None for the defaults.
+        num_workers: slides at once, each in a process; with one slide to do, threads within it. None takes one for
+            each CPU core; 0 works in this process.
+        device: where to decode and to find nuclei, ``cpu`` or ``cuda``.
+        overview: draw the pictures.
+        progress: show a progress bar.
+
+    Returns:
+        the report, written as well.
+    """
+    settings = settings or IndexSettings()
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    workers = default_workers() if num_workers is None else num_workers
+    report = RunReport("index", folder / "report.csv")
+    alone = len(records) == 1 or workers <= 1
+    work = partial(
+        index_to_file,
+        folder=folder,
+        settings=settings,
+        num_threads=max(1, workers) if alone else 1,
+        device=device,
+        overview=overview,
+    )
+    outcomes = {
+        outcome.item.slide_id: outcome
+        for outcome in run_parallel(work, list(records), min(workers, 1) if alone else workers, "index", progress)
+    }
+    for record in records:
+        outcome = outcomes[record.slide_id]
+        if isinstance(outcome.error, EmptySlideError):
+            report.add(record.slide_id, "empty", str(outcome.error))
+        elif outcome.error is not None:
+            report.add(record.slide_id, "failed", failure(outcome.error))
+        else:
+            report.add(record.slide_id, *outcome.unwrap())
+    report.save()
+    return report
+
+
+def index_to_file(
+    record: SlideRecord, folder: Path, settings: IndexSettings, num_threads: int, device: str, overview: bool
+) -> tuple[Literal["done", "current"], str, float]:
+    """Index one slide to ``<slide_id>.parquet`` in ``folder``, unless what is there is current.
+
+    Args:
+        record: the slide.
+        folder: where to write.
+        settings: what to look for.
+        num_threads: threads within the slide.
+        device: where to decode and to find nuclei.
+        overview: draw ``<slide_id>_overview.png``.
+
+    Returns:
+        ``done`` or ``current``, what was found, and the seconds it took.
+
+    Raises:
+        EmptySlideError: when no tile is worth keeping; no index is written then.
+        SlideError: when the slide cannot be read.
+    """
+    start = time.perf_counter()
+    path = folder / f"{record.slide_id}.parquet"
+    picture = folder / f"{record.slide_id}_overview.png"
+    if _is_current(path, record, settings) and (picture.is_file() or not overview):
+        return "current", f"{TileIndex.read_meta(path)['n_tiles']} tiles", time.perf_counter() - start
+    with open_slide(record.path, mpp=record.mpp, device=device) as slide:
+        index = _index(record, slide, settings, num_threads)
+        if overview:
+            draw_overview(picture, slide, index)
+    if not len(index):
+        path.unlink(missing_ok=True)  # of another slide or other settings: it would be taken for this one's
+        raise EmptySlideError(_why_empty(record, index))
+    index.write(path)
+    message = f"{len(index)} tiles, {index.meta['nuclei']} nuclei"
+    return "done", message, time.perf_counter() - start
+
+
+def _is_current(path: Path, record: SlideRecord, settings: IndexSettings) -> bool:
+    if not path.is_file() or not record.path.exists():
+        return False
+    try:
+        meta = TileIndex.read_meta(path)
+    except TableError:
+        return False  # damaged: it is made again
+    identity = _identity(record, settings)
+    return all(meta.get(key) == value for key, value in identity.items())
+
+
+def _why_empty(record: SlideRecord, index: TileIndex) -> str:
+    tiles = index.meta["tiles"]
+    if tiles["ink"] and not tiles["proposed"]:
+        found = f"{tiles['ink']} tiles under pen marks and no cells elsewhere"
+    elif not tiles["proposed"]:
+        found = "nothing but glass"
+    elif tiles["out_of_focus"]:
+        found = f"{tiles['out_of_focus']} tiles with nuclei, all out of focus"
+    else:
+        found = f"{tiles['without_nuclei']} tiles with something on them, none with a nucleus"
+    return (
+        f"{record.path} is empty of cells: {found}; check the slide and its mpp ({index.level0_mpp:g}), "
+        "or loosen the thresholds of the index"
+    )
+
+
+class SlideIndexer:
+    """What the configuration ``index.json`` runs: a slide table in, tile indexes out.
+
+    Args:
+        slides: slide table or datalist.
+        output_dir: folder to write to.
+        settings: fields of ``IndexSettings``; ``ink`` may be a mapping of ``InkRules``' fields.
+        num_workers: as for ``index_slides``.
+        device: as for ``index_slides``.
+        overview: as for ``index_slides``.
+        progress: as for ``index_slides``.
+    """
+
+    def __init__(
+        self,
+        slides: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str],
+        settings: dict[str, Any] | None = None,
+        num_workers: int | None = None,
+        device: str = "cpu",
+        overview: bool = True,
+        progress: bool = True,
+    ) -> None:
+        chosen = dict(settings or {})
+        if isinstance(chosen.get("ink"), dict):
+            chosen["ink"] = InkRules(**chosen["ink"])
+        self.settings = IndexSettings(**chosen)
+        self.slides, self.output_dir = Path(slides), Path(output_dir)
+        self.num_workers, self.device, self.overview, self.progress = num_workers, device, overview, progress
+
+    def run(self) -> RunReport:
+        """Index the slides and print the summary.
+
+        Raises:
+            TableError: when the slide table is malformed.
+        """
+        records = read_slide_table(self.slides)
+        report = index_slides(
+            records, self.output_dir, self.settings, self.num_workers, self.device, self.overview, self.progress
+        )
+        print(report.summary(), flush=True)
+        return report

@@ -1,0 +1,377 @@
+"""Tiles to features: a thread decodes ahead while the encoder works; one feature file a slide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cytossl_monai.data.bags.features import read_feature_attrs, write_features
+from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
+from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.data.slides.slide import Slide
+from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.inference.ahead import read_ahead
+from cytossl_monai.networks.files import load_encoder
+from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
+from cytossl_monai.utils.errors import FeatureError, InputError, TableError
+from cytossl_monai.utils.files import file_fingerprint
+from cytossl_monai.utils.parallel import default_workers
+from cytossl_monai.utils.report import RunReport
+
+__all__ = [
+    "EmbedTimes",
+    "FeatureEmbedder",
+    "embed_slides",
+    "embed_tiles",
+    "embed_to_file",
+    "index_hash",
+    "warn_of_tile_size",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EmbedTimes:
+    """Where the time of one slide went, in seconds.
+
+    Args:
+        total: from the first read to the last feature.
+        encoder: spent in the encoder itself.
+        waiting: spent waiting for the reader.
+        tiles: tiles embedded.
+    """
+
+    total: float = 0.0
+    encoder: float = 0.0
+    waiting: float = 0.0
+    tiles: int = 0
+
+
+def index_hash(index: TileIndex) -> str:
+    """16 hexadecimal digits of which tiles are read and how: places, tile size, resolution."""
+    digest = hashlib.sha256(np.ascontiguousarray(index.coords).tobytes())
+    digest.update(json.dumps([index.tile_size, index.mpp, index.level0_mpp]).encode())
+    return digest.hexdigest()[:16]
+
+
+def warn_of_tile_size(encoder: nn.Module, tile_size: int) -> bool:
+    """Log a warning where tiles are of another size than the images that the encoder was trained on.
+
+    A transformer takes them, by interpolating its positions, but its features are then not those that it learned.
+
+    Returns:
+        whether it warned.
+    """
+    config = getattr(getattr(encoder, "network", None), "config", None) or {}
+    trained = config.get("img_size")
+    sides = {int(side) for side in (trained if isinstance(trained, (list, tuple)) else [trained]) if side}
+    if not sides or sides == {tile_size}:
+        return False
+    told = " x ".join(str(side) for side in sorted(sides))
+    logger.warning(
+        "the encoder was trained on images of %s px, the tiles have %d px: index with --tile_size %s for the features "
+        "that it learned",
+        told,
+        tile_size,
+        max(sides),
+    )
+    return True
+
+
+@torch.inference_mode()
+def embed_tiles(
+    slide: Slide,
+    index: TileIndex,
+    encoder: nn.Module,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    amp: bool = False,
+    num_threads: int = 1,
+    inferer: Inferer | None = None,
+    times: EmbedTimes | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Encode the tiles of an index.
+
+    Args:
+        slide: the open slide; read from a thread of its own while this runs.
+        index: its tiles.
+        encoder: (B, 3, H, W) uint8 to (B, D).
+        batch_size: tiles at once.
+        device: where the encoder is.
+        amp: bfloat16 autocast.
+        num_threads: decoding threads (cuCIM).
+        inferer: MONAI inferer that calls the encoder; None calls it directly.
+        times: filled in, where given.
+        progress: show a progress bar.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        FeatureError: when the index holds no tile, or the encoder gives NaN.
+        SlideError: when a tile cannot be read.
+    """
+    coords, device = index.coords, torch.device(device)
+    if not len(coords):
+        raise FeatureError(f"the index of {index.slide_path} holds no tile; there is nothing to embed")
+    inferer = inferer or SimpleInferer()
+    batches = -(-len(coords) // batch_size)
+    times = times if times is not None else EmbedTimes()
+    begin = time.perf_counter()
+
+    def read(i: int) -> Tensor:
+        part = coords[i * batch_size : (i + 1) * batch_size]
+        return torch.as_tensor(slide.read_regions(part, index.tile_size, index.mpp, num_threads))
+
+    features: np.ndarray | None = None
+    done, waited = 0, time.perf_counter()
+    with (
+        closing(read_ahead(read, batches)) as reader,  # type: ignore[type-var]
+        tqdm(total=len(coords), desc=f"embed {index.slide_id}", unit="tile", disable=not progress) as bar,
+    ):
+        for tiles in reader:
+            started = time.perf_counter()
+            times.waiting += started - waited
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                out = inferer(tiles.to(device, non_blocking=True), encoder)
+            values = out.float().cpu().numpy()  # waits for the device
+            waited = time.perf_counter()
+            times.encoder += waited - started
+            if features is None:
+                features = np.empty((len(coords), values.shape[1]), np.float32)
+            features[done : done + len(values)] = values
+            done += len(values)
+            bar.update(len(values))
+    times.total += time.perf_counter() - begin
+    times.tiles += len(coords)
+    if features is None or not np.isfinite(features).all():
+        raise FeatureError(f"the encoder gives NaN or infinite features on {slide.path}; use another checkpoint")
+    return features
+
+
+def feature_attributes(slide: Slide, index: TileIndex, encoder_id: str, encoder_name: str) -> dict[str, Any]:
+    """What a feature file says about how it was made: with CLAM's and TRIDENT's names where they have one."""
+    return {
+        "slide_id": index.slide_id,
+        "name": index.slide_id,
+        "slide_path": str(slide.path),
+        "fingerprint": file_fingerprint(slide.path),
+        "index_hash": index_hash(index),
+        "encoder": encoder_id,
+        "encoder_name": encoder_name,
+        "patch_size": index.tile_size,
+        "mpp": index.mpp,
+        "level0_mpp": slide.mpp,
+        "level0_width": slide.width,
+        "level0_height": slide.height,
+        "overlap": 0,
+    }
+
+
+def is_current(path: Path, slide_path: Path, index: TileIndex, encoder_id: str, dtype: str) -> bool:
+    """Whether a feature file was made from this very slide, index and encoder."""
+    if not path.is_file():
+        return False
+    try:
+        attrs = read_feature_attrs(path)
+    except FeatureError:
+        return False  # damaged: it is made again
+    return (
+        attrs.get("encoder") == encoder_id
+        and attrs.get("index_hash") == index_hash(index)
+        and attrs.get("fingerprint") == file_fingerprint(slide_path)
+        and attrs.get("stored_as") == dtype
+    )
+
+
+def embed_to_file(
+    path: Path,
+    record: SlideRecord,
+    index: TileIndex,
+    encoder: nn.Module,
+    encoder_id: str,
+    encoder_name: str,
+    batch_size: int,
+    device: str | torch.device,
+    dtype: Literal["float32", "float16"],
+    amp: bool,
+    num_threads: int,
+    inferer: Inferer | None = None,
+    times: EmbedTimes | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Embed one slide and write its feature file.
+
+    Args:
+        path: the feature file.
+        record: the slide.
+        index: its tiles.
+        encoder: on ``device``, in evaluation mode.
+        encoder_id: its hash.
+        encoder_name: kept in the file.
+        batch_size: tiles at once.
+        device: where the encoder is; on ``cuda`` the slide is decoded there as well, where cuCIM can.
+        dtype: how features are stored.
+        amp: bfloat16 autocast.
+        num_threads: decoding threads (cuCIM).
+        inferer: as for `embed_tiles`.
+        times: as for `embed_tiles`.
+        progress: as for `embed_tiles`.
+
+    Returns:
+        (N, D) float32, as computed.
+
+    Raises:
+        FeatureError: as `embed_tiles` does.
+        SlideError: when the slide cannot be read.
+    """
+    decode_on = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    with open_slide(record.path, mpp=record.mpp, device=decode_on) as slide:
+        features = embed_tiles(
+            slide, index, encoder, batch_size, device, amp, num_threads, inferer, times, progress=progress
+        )
+        attrs = {**feature_attributes(slide, index, encoder_id, encoder_name), "stored_as": dtype}
+    write_features(path, features, index.coords, attrs, dtype)
+    return features
+
+
+def embed_slides(
+    records: Sequence[SlideRecord],
+    index_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    encoder: Encoder,
+    encoder_name: str = "",
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    dtype: Literal["float32", "float16"] = "float32",
+    amp: bool = False,
+    num_threads: int | None = 1,
+    inferer: Inferer | None = None,
+    progress: bool = True,
+) -> RunReport:
+    """Embed many slides; a feature file made from the same slide, index and encoder stays.
+
+    Writes ``<slide_id>.h5`` for each slide and ``report.csv``. A slide that fails is reported, the others go on.
+
+    Args:
+        records: the slides.
+        index_dir: folder of their tile indexes, ``<slide_id>.parquet``.
+        output_dir: folder to write to.
+        encoder: as `load_encoder` gives it.
+        encoder_name: kept in the files.
+        batch_size: tiles at once.
+        device: where to encode; on ``cuda`` slides are decoded there as well, where cuCIM can.
+        dtype: how features are stored.
+        amp: bfloat16 autocast.
+        num_threads: decoding threads (cuCIM); None takes one for each CPU core.
+        inferer: MONAI inferer that calls the encoder.
+        progress: show progress bars.
+
+    Returns:
+        the report, written as well.
+    """
+    folder, index_folder = Path(output_dir), Path(index_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = RunReport("embed", folder / "report.csv")
+    num_threads = default_workers() if num_threads is None else num_threads
+    encoder = encoder.to(device).eval()
+    encoder_id = encoder_hash(encoder)
+    warned = False
+    for record in tqdm(records, desc="embed", unit="slide", disable=not progress or len(records) < 2):
+        start = time.perf_counter()
+        path = folder / f"{record.slide_id}.h5"
+        try:
+            index = _index_of(record, index_folder)
+            warned = warned or warn_of_tile_size(encoder, index.tile_size)
+            if is_current(path, record.path, index, encoder_id, dtype):
+                report.add(record.slide_id, "current", f"{len(index)} tiles", time.perf_counter() - start)
+                continue
+            embed_to_file(
+                path,
+                record,
+                index,
+                encoder,
+                encoder_id,
+                encoder_name,
+                batch_size,
+                device,
+                dtype,
+                amp,
+                num_threads,
+                inferer,
+                progress=progress,
+            )
+        except (InputError, OSError) as error:
+            report.add(record.slide_id, "failed", str(error), time.perf_counter() - start)
+            continue
+        report.add(record.slide_id, "done", f"{len(index)} tiles", time.perf_counter() - start)
+    report.save()
+    return report
+
+
+def _index_of(record: SlideRecord, folder: Path) -> TileIndex:
+    """The slide's index, refused when the slide has changed since."""
+    index = TileIndex.read(folder / f"{record.slide_id}.parquet")
+    if not record.path.exists():
+        raise TableError(f"{record.path} does not exist; correct its path in the slide table")
+    made_from = index.meta.get("fingerprint")
+    if made_from is not None and made_from != file_fingerprint(record.path):
+        raise TableError(f"{record.path} has changed since it was indexed; index it again")
+    return index
+
+
+class FeatureEmbedder:
+    """What the configuration ``embed.json`` runs: slides and their indexes in, feature files out.
+
+    Args:
+        slides: slide table or datalist.
+        index_dir: folder of the tile indexes.
+        output_dir: folder to write to.
+        encoder: encoder file.
+        inferer: MONAI inferer that calls the encoder.
+        kwargs: as for `embed_slides`.
+    """
+
+    def __init__(
+        self,
+        slides: str | os.PathLike[str],
+        index_dir: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str],
+        encoder: str | os.PathLike[str],
+        inferer: Inferer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.slides, self.index_dir, self.output_dir = Path(slides), Path(index_dir), Path(output_dir)
+        self.encoder, self.inferer, self.options = Path(encoder), inferer, kwargs
+
+    def run(self) -> RunReport:
+        """Embed the slides and print the summary.
+
+        Raises:
+            TableError: when the slide table is malformed.
+            CheckpointError: when the encoder cannot be loaded.
+        """
+        records = read_slide_table(self.slides)
+        encoder, meta = load_encoder(self.encoder, self.options.get("device", "cpu"))
+        name = str(meta.get("name") or self.encoder.stem)
+        report = embed_slides(
+            records, self.index_dir, self.output_dir, encoder, name, inferer=self.inferer, **self.options
+        )
+        print(report.summary(), flush=True)
+        return report

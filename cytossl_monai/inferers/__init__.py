@@ -1,1 +1,0 @@
-"""From a slide to a prediction with its evidence."""

@@ -1,0 +1,179 @@
+"""Encoders: a network with its normalisation and pooling, tiles in and one vector a tile out; and their files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cytossl_monai.networks.blocks.background import foreground_patches
+from cytossl_monai.networks.nets.sr_transformer import Features, SRTransformer
+
+__all__ = ["Encoder", "encoder_hash"]
+
+POOLS = ("cls", "mean", "cls+mean")
+# ImageNet's statistics: what published weights expect.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Encoder(nn.Module):
+    """A network with its own normalisation and pooling: uint8 or [0, 1] tiles in, one vector a tile out.
+
+    Args:
+        network: an `SRTransformer`, or any network that gives (B, D), or tokens (B, N, D) as MONAI's `ViT` does.
+        pool: ``cls`` (class token), ``mean`` (mean of the patches that were encoded) or ``cls+mean`` (both, 2 D wide).
+            Networks that give (B, D) by themselves are taken as they are.
+        mean: of each channel, on the scale [0, 1].
+        std: of each channel.
+
+    Raises:
+        ValueError: for another pool, or ``cls`` where the network has no class token.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        pool: str = "cls",
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}.")
+        if isinstance(network, SRTransformer) and "cls" in pool and not network.has_class_token:
+            raise ValueError(f"pool={pool!r} needs a class token: build the network with class_token=True, or 'mean'.")
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std need one number a channel, std above 0; got {list(mean)} and {list(std)}.")
+        self.network = network
+        self.pool = pool
+        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, -1, 1, 1))
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the vectors that `forward` gives."""
+        if isinstance(self.network, SRTransformer):
+            return self.network.embed_dim * (2 if self.pool == "cls+mean" else 1)
+        width = getattr(self.network, "embed_dim", None)
+        if width is None:
+            with torch.no_grad():
+                was_training = self.training
+                self.eval()
+                side = int(self.patch_size) * 4 if hasattr(self.network, "patch_embedding") else 64
+                width = self(torch.zeros(1, self.mean.shape[1], side, side, device=self.mean.device)).shape[1]
+                self.train(was_training)
+        return int(width)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels.
+
+        Raises:
+            ValueError: for networks without patches.
+        """
+        return self._tokens_network().patch_size[0]
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image; ValueError for networks without patches."""
+        return self._tokens_network().grid_size(height, width)
+
+    def _tokens_network(self) -> SRTransformer:
+        if not isinstance(self.network, SRTransformer):
+            raise ValueError(f"{type(self.network).__name__} gives no patch tokens: use an SRTransformer (any sr_vit).")
+        return self.network
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in this module's stead (``ckpt_export`` calls it)."""
+        from cytossl_monai.networks.nets.export import ScriptableEncoder
+
+        return ScriptableEncoder(self)
+
+    def normalise(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as float in [0, 1], and normalised: two (B, 3, H, W) tensors.
+
+        Raises:
+            ValueError: for another number of channels or a type that is neither uint8 nor float.
+        """
+        if images.dim() != 4 or images.shape[1] != self.mean.shape[1]:
+            raise ValueError(f"Images must be (B, {self.mean.shape[1]}, H, W); got shape {tuple(images.shape)}.")
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        elif not images.is_floating_point():
+            raise ValueError(f"Images must be uint8 in 0..255 or float in [0, 1]; got {images.dtype}.")
+        return images, (images - self.mean) / self.std
+
+    def _features(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        keep: Tensor | None = None,
+        foreground: Tensor | None = None,
+    ) -> Features:
+        network = self._tokens_network()
+        plain, normed = self.normalise(images)
+        if foreground is None and keep is None and network.drop_background is not None:
+            foreground = foreground_patches(plain, network.patch_size, **network.drop_background)
+        return network.forward_features(normed, mask, mask_token, keep, foreground)
+
+    def forward(self, images: Tensor, foreground: Tensor | None = None) -> Tensor:
+        """Encode tiles.
+
+        Args:
+            images: (B, 3, H, W) uint8, or float in [0, 1].
+            foreground: (B, N) bool of the patches to encode, or None (see `SRTransformer.forward`).
+
+        Returns:
+            (B, D) float.
+        """
+        if not isinstance(self.network, SRTransformer):
+            out = self.network(self.normalise(images)[1])
+            out = out[0] if isinstance(out, tuple) else out
+            return out.mean(dim=1) if out.dim() == 3 else out.flatten(1)
+        features = self._features(images, foreground=foreground)
+        if self.pool == "cls":
+            return features.cls
+        if features.foreground is None:
+            mean = features.patches.mean(dim=1)
+        else:
+            mean = features.patches.sum(dim=1) / features.foreground.sum(dim=1, keepdim=True)
+        return mean if self.pool == "mean" else torch.cat([features.cls, mean], dim=1)
+
+    def forward_tokens(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Class token and patch tokens, for methods that work on patches.
+
+        Args:
+            images: (B, 3, H, W) uint8, or float in [0, 1].
+            mask: (B, N) bool: patch embeddings replaced by ``mask_token`` before positions are added (iBOT).
+            mask_token: (D,).
+            keep: (B, K) int64: encode these patches only (MAE).
+
+        Returns:
+            (B, D) and (B, N, D), or (B, K, D) with ``keep``.
+
+        Raises:
+            ValueError: for networks without tokens, and masks of another shape.
+        """
+        features = self._features(images, mask, mask_token, keep)
+        return features.cls, features.patches
+
+
+def encoder_hash(encoder: Encoder) -> str:
+    """16 hexadecimal digits that tell encoders apart: of all weights (mean and std too) and the pooling."""
+    digest = hashlib.sha256(encoder.pool.encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,234 @@
+"""Published ViT weights: names, positions and grids made ours, with a report of what was used."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cytossl_monai.networks.blocks.patch_embedding import resize_position_embeddings
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+from cytossl_monai.utils.errors import CheckpointError
+
+__all__ = ["LoadReport", "convert_state_dict", "load_vit_weights"]
+
+# Where training code keeps the encoder inside its checkpoint, best first.
+_CONTAINERS = ("teacher", "model", "state_dict", "student", "model_state_dict")
+
+
+_PREFIXES = ("module.", "backbone.", "encoder.", "network.", "base_encoder.")
+
+
+@dataclass
+class LoadReport:
+    """What became of a state dict.
+
+    Attributes:
+        loaded: parameters of the network that were filled.
+        unused: entries of the file that were not used (heads, decoders, mask tokens), by their names in the file.
+        missing: parameters of the network that the file does not have; they keep their values.
+        changed: what was changed on the way: resized position embeddings, folded class positions, split bias.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} loaded"]
+        for name in ("unused", "missing", "changed"):
+            entries = getattr(self, name)
+            if entries:
+                lines.append(f"{name}: {', '.join(entries)}")
+        return "; ".join(lines)
+
+
+_RENAME = (
+    # DINOv2's training code nests blocks in chunks: blocks.0.7.x is block 7.
+    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
+    (re.compile(r"^patch_embed\.proj\."), "patch_embedding.patch_embeddings."),
+    (re.compile(r"^blocks\.(\d+)\.attn\.proj\."), r"blocks.\1.attn.out_proj."),
+    (re.compile(r"^blocks\.(\d+)\.mlp\.fc1\."), r"blocks.\1.mlp.linear1."),
+    (re.compile(r"^blocks\.(\d+)\.mlp\.fc2\."), r"blocks.\1.mlp.linear2."),
+    (re.compile(r"^blocks\.(\d+)\.ls([12])\.gamma$"), r"blocks.\1.scale\2.gamma"),
+    (re.compile(r"^(reg_token)$"), "register_tokens"),
+)
+
+
+def _unwrap(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """The encoder inside a checkpoint.
+
+    Returns:
+        tensors without the prefixes of wrappers, the name in the file of each, and the entries beside the encoder.
+    """
+    inside, beside = "", [name for name, value in state.items() if not isinstance(value, Tensor)]
+    for name in _CONTAINERS:
+        if isinstance(state.get(name), Mapping):
+            inside, beside = name + "/", [other for other in state if other != name]
+            state = state[name]
+            beside += [inside + other for other, value in state.items() if not isinstance(value, Tensor)]
+            break
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    origin = {name: inside + name for name in tensors}
+    while True:
+        prefix = next((p for p in _PREFIXES if any(name.startswith(p + "blocks.") for name in tensors)), None)
+        if prefix is None:
+            prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            return tensors, origin, [str(name) for name in beside]
+        # Entries beside the encoder (heads of a training checkpoint) keep their names, and turn up as unused.
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        origin = {name.removeprefix(prefix): file_name for name, file_name in origin.items()}
+
+
+def _grid_of(count: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    if grid is not None:
+        if grid[0] * grid[1] != count:
+            raise CheckpointError(f"{name} has {count} positions, which is not the grid {grid[0]} x {grid[1]}.")
+        return grid
+    side = math.isqrt(count)
+    if side * side != count:
+        raise CheckpointError(f"{name} has {count} positions, no square: give the grid it was trained on as 'grid'.")
+    return side, side
+
+
+def convert_state_dict(
+    state: Mapping[str, Any], network: SRTransformer, grid: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Rename a ViT's state dict (timm, DINO, DINOv2, MAE, MONAI or this package's) to `SRTransformer`'s names.
+
+    Position embeddings of another grid are resized (bicubic). timm's and DINO's position of the class token is added to
+    the class token, which is the same sum; positions of prefix tokens that timm adds to registers likewise.
+
+    Args:
+        state: state dict, or a checkpoint that holds one under ``teacher``, ``model``, ``state_dict`` or ``student``.
+        network: the network that will take it.
+        grid: rows and columns of the grid of the file's position embeddings; None: square.
+
+    Returns:
+        renamed state dict with those entries only that the network has a place for, and a report in which ``missing``
+        and ``loaded`` are not filled in.
+
+    Raises:
+        CheckpointError: where position embeddings fit no grid, or the depth or the parts of the blocks differ.
+    """
+    tensors, origin, beside = _unwrap(state)
+    report = LoadReport(unused=beside)
+    out: dict[str, Tensor] = {}
+    file_name: dict[str, str] = {}
+    for name, value in tensors.items():
+        new = name
+        for pattern, replacement in _RENAME:
+            new = pattern.sub(replacement, new)
+        out[new] = value
+        file_name[new] = origin[name]
+    registers = out["register_tokens"].shape[1] if "register_tokens" in out else 0
+    target = network.patch_embedding.position_embeddings
+    table = "patch_embedding.position_embeddings"
+    position = out.pop("pos_embed", None)
+    if position is not None:
+        cells = network.patch_embedding.grid[0] * network.patch_embedding.grid[1]
+        number = position.shape[1]
+        patches = next(
+            (number - extra for extra in _extras(number, cells, registers, grid)),
+            number - int("cls_token" in out),
+        )
+        extra = number - patches
+        if extra and "cls_token" in out:
+            out["cls_token"] = out["cls_token"] + position[:, :1]
+            report.changed.append("position of the class token added to cls_token")
+        if extra > 1 and "register_tokens" in out:
+            out["register_tokens"] = out["register_tokens"] + position[:, 1:extra]
+            report.changed.append("positions of registers added to register_tokens")
+        out[table] = position[:, extra:]
+        file_name[table] = file_name["pos_embed"]
+    if table in out and out[table].shape[1] != target.shape[1]:
+        old, new_grid = _grid_of(out[table].shape[1], grid, "pos_embed"), network.patch_embedding.grid
+        out[table] = resize_position_embeddings(out[table], old, new_grid)
+        report.changed.append(f"position embeddings resized from {old[0]} x {old[1]} to {new_grid[0]} x {new_grid[1]}")
+    own = network.state_dict()
+    blocks = {int(match[1]) for name in out if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if not blocks:
+        raise CheckpointError(f"holds no ViT that is known here (entries such as {sorted(state)[:3]}).")
+    if len(blocks) != len(network.blocks):
+        raise CheckpointError(f"has {len(blocks)} blocks, the network {len(network.blocks)}.")
+    for name in list(out):
+        other_head = name.startswith("classification_head") and own.get(name, out[name]).shape != out[name].shape
+        if name not in own or other_head:
+            report.unused.append(file_name[name])
+            if name.startswith("blocks.") and "cross_attn." not in name:  # MONAI has those and does not use them
+                raise CheckpointError(
+                    f"the network has no place for {file_name[name]} (layer scale, bias?). Build it alike."
+                )
+            del out[name]
+    return out, report
+
+
+def _extras(number: int, cells: int, registers: int, grid: tuple[int, int] | None) -> list[int]:
+    """How many of ``number`` positions may belong to prefix tokens, likeliest first."""
+    wanted = cells if grid is None else grid[0] * grid[1]
+    candidates = [1, 0, 1 + registers]
+    exact = [extra for extra in candidates if number - extra == wanted]
+    square = [extra for extra in candidates if number > extra and math.isqrt(number - extra) ** 2 == number - extra]
+    return exact + square
+
+
+def load_vit_weights(
+    network: SRTransformer,
+    weights: str | os.PathLike[str] | Mapping[str, Any],
+    grid: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Fill an `SRTransformer` with a ViT's published weights; nothing is downloaded.
+
+    Args:
+        network: takes the weights in place. Tables of iRPE stay as they are (zero at the start).
+        weights: a state dict or checkpoint, or a local file with one; names of timm, DINO, DINOv2, MAE, MONAI's ViT or
+            this package.
+        grid: rows and columns that the file's position embeddings are for; None: square.
+
+    Returns:
+        exactly what was loaded, not used, missing and changed.
+
+    Raises:
+        CheckpointError: where the file is unreadable, of another width, patch or depth, or holds no ViT.
+    """
+    where, state = _read(weights)
+    try:
+        fitting, report = convert_state_dict(state, network, grid)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    own = network.state_dict()
+    for name, value in fitting.items():
+        if own[name].shape != value.shape:
+            raise CheckpointError(
+                f"{where}: {name} is {tuple(value.shape)}, the network has {tuple(own[name].shape)}: another width, "
+                "patch size or number of channels. Build the network as the weights were."
+            )
+    network.load_state_dict(fitting, strict=False)
+    report.loaded = sorted(fitting)
+    report.missing = sorted(set(own) - set(fitting))
+    return report
+
+
+def _read(weights: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """How to call the weights in a message, and what they hold."""
+    if isinstance(weights, Mapping):
+        return "the state dict", weights
+    where = str(weights)
+    if not Path(weights).is_file():
+        raise CheckpointError(f"{where}: no such file. Give a local file with a ViT's state dict.")
+    try:
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{where}: cannot be read as weights ({error}).") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{where}: holds {type(content).__name__}, no state dict.")
+    return where, content

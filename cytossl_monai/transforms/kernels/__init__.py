@@ -1,0 +1,1 @@
+"""Kernels that nuclei, perturbation and views share: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Nuclei-Centered Perturbation: array and dictionary transforms over batched kernels."""

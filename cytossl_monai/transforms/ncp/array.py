@@ -1,0 +1,203 @@
+"""Nuclei-Centered Perturbation: MONAI transforms for one tile, and a module for whole batches on their device.
+
+All of them draw from one seed a sample and run the same kernels, so a tile is perturbed alike by each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from monai.config.type_definitions import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.data.meta_obj import get_track_meta
+from monai.transforms import RandomizableTransform, Transform
+from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
+from torch import Tensor
+
+from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.ncp.perturb import perturb
+from cytossl_monai.transforms.ncp.settings import NCPSettings
+
+__all__ = ["BatchedNCP", "NucleiCenteredPerturb", "RandNucleiCenteredPerturb"]
+
+
+def _plain(data: NdarrayOrTensor) -> Tensor:
+    """An array or tensor as a plain tensor, without a copy where one can be avoided."""
+    tensor = data.as_tensor() if isinstance(data, MetaTensor) else torch.as_tensor(data)
+    return tensor.detach()
+
+
+def _perturb_one(
+    img: NdarrayOrTensor,
+    mask: NdarrayOrTensor,
+    mpp: float | None,
+    seed: int,
+    settings: NCPSettings,
+    donor: NdarrayOrTensor | None,
+    donor_mask: NdarrayOrTensor | None,
+    keys: tuple[str, str, str, str] = ("img", "mask", "donor", "donor_mask"),
+) -> Tensor:
+    """One tile through the batched kernels; ``keys`` are what messages call the inputs."""
+    tensor = convert_to_tensor(img, track_meta=get_track_meta())
+    image = _plain(tensor)
+    check_images(image, keys[0], dims=3)
+    nuclei = check_masks(_plain(mask), image, keys[1])
+    if mpp is None and isinstance(img, MetaTensor):
+        mpp = img.meta.get("mpp")
+    if mpp is None and not settings.needs_mpp:
+        mpp = 1.0
+    scale = check_mpp(mpp, 1)
+    donors = donor_masks = None
+    if donor is not None:
+        given = _plain(donor).to(image.device)
+        check_images(given, keys[2], dims=3)
+        if given.shape != image.shape or given.dtype != image.dtype:
+            raise ValueError(
+                f"{keys[2]} is {given.dtype} of the shape {tuple(given.shape)}; allowed is what {keys[0]} is: "
+                f"{image.dtype} of the shape {tuple(image.shape)}"
+            )
+        donors = given.unsqueeze(0)
+        donor_masks = None if donor_mask is None else check_masks(_plain(donor_mask), given, keys[3]).unsqueeze(0)
+    draw = settings.draw(torch.tensor([seed], dtype=torch.int64), own_donors=donor is not None)
+    out = perturb(image.unsqueeze(0), nuclei.unsqueeze(0), scale, draw, settings, donors, donor_masks)[0]
+    return convert_to_dst_type(out, tensor)[0]
+
+
+class NucleiCenteredPerturb(Transform):
+    """Perturb all but the nuclei of a tile, always in the same way.
+
+    Args:
+        ops: ``{name: strength}`` with strengths in [0, 1]; every op that is named acts, with its whole strength. Names:
+            blur, noise, fade, stain, shuffle, swap (needs a donor), cutout.
+        mpp: micrometres per pixel of tiles that do not state their own.
+        seed: decides the noise, and where patches and rectangles lie.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+
+    Raises:
+        ValueError: for an unknown op and for a number outside its range; the message names the key.
+    """
+
+    backend: ClassVar[list[TransformBackends]] = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        ops: Mapping[str, float],
+        mpp: float | None = None,
+        seed: int = 0,
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        empty: str = "keep",
+    ) -> None:
+        if not isinstance(ops, Mapping):
+            raise ValueError(f"ops is {ops!r}; allowed is a mapping of op names to strengths in [0, 1]")
+        always = {name: {"prob": 1.0, "strength": strength} for name, strength in ops.items()}
+        self.settings = NCPSettings(always, margin_um, feather_um, patch_um, 1.0, empty, random_amount=False)
+        self.mpp = None if mpp is None else float(check_mpp(mpp, 1))
+        self.seed = int(seed)
+
+    def __call__(
+        self,
+        img: NdarrayOrTensor,
+        mask: NdarrayOrTensor,
+        mpp: float | None = None,
+        donor: NdarrayOrTensor | None = None,
+        donor_mask: NdarrayOrTensor | None = None,
+    ) -> Tensor:
+        """Perturb a tile.
+
+        Args:
+            img: (3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
+            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei.
+            mpp: micrometres per pixel; None takes the constructor's, then ``img.meta["mpp"]``.
+            donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
+            donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
+
+        Returns:
+            A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
+
+        Raises:
+            ValueError: for inputs that do not fit; the message names which.
+        """
+        scale = self.mpp if mpp is None else mpp
+        return _perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
+
+
+class RandNucleiCenteredPerturb(RandomizableTransform):
+    """Perturb all but the nuclei of a tile, in a way drawn anew at each call.
+
+    The seed that was drawn stays in ``self.seed``: :class:`BatchedNCP` makes the same pixels of the same seed.
+
+    Args:
+        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}``, as
+            :class:`BatchedNCP` takes them.
+        mpp: micrometres per pixel of tiles that do not state their own.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        prob: probability that a tile is perturbed at all.
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+
+    Raises:
+        ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
+    """
+
+    backend: ClassVar[list[TransformBackends]] = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        ops: str | Mapping[str, Any] = "default",
+        mpp: float | None = None,
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        prob: float = 1.0,
+        empty: str = "keep",
+    ) -> None:
+        self.settings = NCPSettings(ops, margin_um, feather_um, patch_um, prob, empty)  # refuses prob outside [0, 1]
+        RandomizableTransform.__init__(self, prob)
+        self.mpp = None if mpp is None else float(check_mpp(mpp, 1))
+        self.seed = 0
+
+    def randomize(self, data: Any = None) -> None:
+        """Draw the seed of the next perturbation."""
+        self.seed = int(self.R.randint(0, 1 << 62, dtype=np.int64))
+        # Whether the tile is perturbed follows from the seed, so that a batch of the same seed decides alike.
+        self._do_transform = bool(self.settings.perturbs(torch.tensor([self.seed]))[0])
+
+    def __call__(
+        self,
+        img: NdarrayOrTensor,
+        mask: NdarrayOrTensor,
+        mpp: float | None = None,
+        donor: NdarrayOrTensor | None = None,
+        donor_mask: NdarrayOrTensor | None = None,
+        randomize: bool = True,
+    ) -> Tensor:
+        """Perturb a tile.
+
+        Args:
+            img: (3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
+            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei.
+            mpp: micrometres per pixel; None takes the constructor's, then ``img.meta["mpp"]``.
+            donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
+            donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
+            randomize: draw anew; False repeats what ``self.seed`` decides.
+
+        Returns:
+            A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
+
+        Raises:
+            ValueError: for inputs that do not fit; the message names which.
+        """
+        if randomize:
+            self.randomize()
+        scale = self.mpp if mpp is None else mpp
+        return _perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)

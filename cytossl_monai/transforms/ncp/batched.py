@@ -1,0 +1,131 @@
+"""Nuclei-Centered Perturbation of whole batches, on the device they lie on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp
+from cytossl_monai.transforms.kernels.random import draw_seeds
+from cytossl_monai.transforms.ncp.perturb import perturb
+from cytossl_monai.transforms.ncp.settings import NCPSettings
+
+__all__ = ["BatchedNCP"]
+
+
+class BatchedNCP(nn.Module):
+    """Perturb all but the nuclei of a batch of tiles, each sample in a way of its own.
+
+    The module has no weights and no state: what it does follows from its settings and the seeds alone.
+
+    Args:
+        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}`` with the
+            names blur, noise, fade, stain, shuffle, swap, cutout; ops that are not named are off.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        prob: probability that a sample is perturbed at all.
+        empty: tiles without nuclei: ``"keep"`` leaves them as they are, ``"perturb"`` perturbs all of them, ``"drop"``
+            leaves them out, so that fewer samples come back (which ones, says :meth:`kept`).
+
+    Raises:
+        ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
+
+    Example:
+        >>> import torch
+        >>> tiles = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+        >>> masks = torch.zeros(4, 1, 64, 64, dtype=torch.bool)
+        >>> masks[:, :, 20:30, 20:30] = True
+        >>> out = BatchedNCP(ops="strong")(tiles, masks, mpp=0.5)
+        >>> bool((out[:, :, 20:30, 20:30] == tiles[:, :, 20:30, 20:30]).all())
+        True
+    """
+
+    def __init__(
+        self,
+        ops: str | Mapping[str, Any] = "default",
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        prob: float = 1.0,
+        empty: str = "keep",
+    ) -> None:
+        super().__init__()
+        if empty not in ("keep", "perturb", "drop"):
+            raise ValueError(f"empty is {empty!r}; allowed is 'keep', 'perturb' or 'drop'")
+        self.drop = empty == "drop"
+        self.settings = NCPSettings(ops, margin_um, feather_um, patch_um, prob, "keep" if self.drop else empty)
+
+    @staticmethod
+    def kept(masks: Tensor) -> Tensor:
+        """The samples that ``empty="drop"`` keeps.
+
+        Args:
+            masks: (B, 1, H, W) or (B, H, W), 1 on nuclei.
+
+        Returns:
+            (n,) int64: the rows that hold a nucleus, on the masks' device.
+        """
+        return (masks != 0).flatten(1).any(1).nonzero().squeeze(1)
+
+    def forward(
+        self,
+        images: Tensor,
+        masks: Tensor,
+        mpp: float | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        seeds: Tensor | None = None,
+        check: bool = True,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Perturb a batch.
+
+        Args:
+            images: (B, 3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
+            masks: (B, 1, H, W) or (B, H, W), bool or 0 and 1: 1 on nuclei.
+            mpp: micrometres per pixel, one for all or one a sample; not needed where no length is in micrometres.
+            generator: where the seeds come from; None takes torch's global CPU generator.
+            seeds: (B,) int64, one a sample, in place of the generator. The same seed perturbs the same tile in the
+                same way in any batch; only which tile ``swap`` takes its background from depends on the batch.
+            check: look at the values of images and masks first, which makes a GPU wait. Shapes are looked at always.
+            out: where to write, contiguous and of the shape, dtype and device of ``images``, which may be it; None
+                makes a new tensor.
+
+        Returns:
+            The shape (``"drop"``: with fewer samples), dtype and device of ``images``; nuclear pixels are
+            bit-identical.
+
+        Raises:
+            ValueError: for images, masks, ``mpp``, seeds or ``out`` that do not fit; the message names which.
+        """
+        if check or not isinstance(images, Tensor) or images.ndim != 4:
+            check_images(images)
+            masks = check_masks(masks, images)
+        batch = len(images)
+        if mpp is None and not self.settings.needs_mpp:
+            mpp = 1.0
+        scale = check_mpp(mpp, batch)
+        if seeds is None:
+            seeds = draw_seeds(batch, generator)
+        elif seeds.dtype != torch.int64 or tuple(seeds.shape) != (batch,):
+            raise ValueError(
+                f"seeds is {seeds.dtype} of the shape {tuple(seeds.shape)}; allowed is int64 of the shape ({batch},)"
+            )
+        if out is not None and (
+            (out.shape, out.dtype, out.device) != (images.shape, images.dtype, images.device) or not out.is_contiguous()
+        ):
+            raise ValueError(
+                f"out is {out.dtype} of the shape {tuple(out.shape)} on {out.device}; allowed is a contiguous "
+                f"{images.dtype} of the shape {tuple(images.shape)} on {images.device}"
+            )
+        if batch == 0:
+            return images.clone()
+        out = perturb(images, masks, scale, self.settings.draw(seeds), self.settings, out=out)
+        return out[self.kept(masks)] if self.drop else out
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"{self.settings!r}, drop={self.drop}"

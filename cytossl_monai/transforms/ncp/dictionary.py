@@ -1,0 +1,175 @@
+"""Nuclei-Centered Perturbation as dictionary transforms; see `array`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.config.type_definitions import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, RandomizableTransform
+from monai.transforms.lazy.functional import apply_pending
+from monai.utils import TransformBackends
+
+from cytossl_monai.transforms.ncp.array import NucleiCenteredPerturb, RandNucleiCenteredPerturb, _perturb_one
+
+__all__ = [
+    "NucleiCenteredPerturbD",
+    "NucleiCenteredPerturbDict",
+    "NucleiCenteredPerturbd",
+    "RandNucleiCenteredPerturbD",
+    "RandNucleiCenteredPerturbDict",
+    "RandNucleiCenteredPerturbd",
+]
+
+
+class _PerturbDict(MapTransform):
+    """What the two dictionary twins share: where mask, mpp and donor come from."""
+
+    backend: ClassVar[list[TransformBackends]] = [TransformBackends.TORCH]
+    perturb: NucleiCenteredPerturb | RandNucleiCenteredPerturb
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        mask_key: str,
+        mpp_key: str,
+        donor_key: str | None,
+        donor_mask_key: str | None,
+        allow_missing_keys: bool,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        self.mask_key, self.mpp_key = mask_key, mpp_key
+        self.donor_key, self.donor_mask_key = donor_key, donor_mask_key
+
+    def _needed(self, data: dict[Hashable, Any], key: str) -> Any:
+        """``data[key]``, its pending operations carried out: Compose does that for the keys it knows alone."""
+        if key not in data:
+            raise ValueError(
+                f"{key} is missing; allowed is a dictionary that holds it, this one has {sorted(map(str, data))}"
+            )
+        if isinstance(data[key], MetaTensor) and data[key].has_pending_operations:
+            data[key], _ = apply_pending(data[key])
+        return data[key]
+
+    def _perturb_all(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        d = dict(data)
+        mask = self._needed(d, self.mask_key)
+        donor = None if self.donor_key is None else self._needed(d, self.donor_key)
+        donor_mask = None if self.donor_mask_key is None else self._needed(d, self.donor_mask_key)
+        mpp: Any = d.get(self.mpp_key, self.perturb.mpp)
+        names = (self.mask_key, str(self.donor_key), str(self.donor_mask_key))
+        for key in self.key_iterator(d):
+            image = self._needed(d, str(key))
+            d[key] = _perturb_one(
+                image, mask, mpp, self.perturb.seed, self.perturb.settings, donor, donor_mask, (str(key), *names)
+            )
+        return d
+
+
+class NucleiCenteredPerturbd(_PerturbDict):
+    """Dictionary twin of :class:`NucleiCenteredPerturb`.
+
+    Args:
+        keys: the tiles to perturb.
+        ops: as :class:`NucleiCenteredPerturb` takes them.
+        mask_key: where the nuclei are.
+        mpp: micrometres per pixel where ``mpp_key`` is absent.
+        mpp_key: where a tile's own micrometres per pixel are.
+        donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
+        donor_mask_key: where its nuclei are; None takes the donor as it is.
+        seed: decides the noise, and where patches and rectangles lie.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        allow_missing_keys: pass over keys that are not there.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        ops: Mapping[str, float],
+        mask_key: str = "nuclei",
+        mpp: float | None = None,
+        mpp_key: str = "mpp",
+        donor_key: str | None = None,
+        donor_mask_key: str | None = None,
+        seed: int = 0,
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        empty: str = "keep",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys)
+        self.perturb = NucleiCenteredPerturb(ops, mpp, seed, margin_um, feather_um, patch_um, empty)
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        """Perturb every key; ValueErrors name the key that does not fit."""
+        return self._perturb_all(data)
+
+
+class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
+    """Dictionary twin of :class:`RandNucleiCenteredPerturb`; all keys are perturbed with the same seed.
+
+    Args:
+        keys: the tiles to perturb.
+        ops: as :class:`RandNucleiCenteredPerturb` takes them.
+        mask_key: where the nuclei are.
+        mpp: micrometres per pixel where ``mpp_key`` is absent.
+        mpp_key: where a tile's own micrometres per pixel are.
+        donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
+        donor_mask_key: where its nuclei are; None takes the donor as it is.
+        margin_um: micrometres around a nucleus that are kept whole.
+        feather_um: micrometres over which the original then passes into the perturbed.
+        patch_um: side of the patches of ``shuffle``, in micrometres.
+        prob: probability that a tile is perturbed at all.
+        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        allow_missing_keys: pass over keys that are not there.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        ops: str | Mapping[str, Any] = "default",
+        mask_key: str = "nuclei",
+        mpp: float | None = None,
+        mpp_key: str = "mpp",
+        donor_key: str | None = None,
+        donor_mask_key: str | None = None,
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        prob: float = 1.0,
+        empty: str = "keep",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        _PerturbDict.__init__(self, keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys)
+        self.perturb = RandNucleiCenteredPerturb(ops, mpp, margin_um, feather_um, patch_um, prob, empty)
+        RandomizableTransform.__init__(self, prob)
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> RandNucleiCenteredPerturbd:
+        """Set the state that seeds are drawn from."""
+        super().set_random_state(seed, state)
+        self.perturb.set_random_state(seed, state)
+        return self
+
+    def randomize(self, data: Any = None) -> None:
+        """Draw the seed of the next perturbation."""
+        self.perturb.randomize()
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        """Perturb every key; ValueErrors name the key that does not fit."""
+        self.randomize()
+        return self._perturb_all(data)
+
+
+NucleiCenteredPerturbD = NucleiCenteredPerturbDict = NucleiCenteredPerturbd
+
+
+RandNucleiCenteredPerturbD = RandNucleiCenteredPerturbDict = RandNucleiCenteredPerturbd

@@ -1,0 +1,161 @@
+"""One perturbation of a batch, given what was drawn: the path that every transform and module here takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cytossl_monai.transforms.kernels.blur import blur
+from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.kernels.colour import jitter_stain
+from cytossl_monai.transforms.ncp import operations as ncp
+from cytossl_monai.transforms.ncp.settings import BLUR_SIGMA_UM, CUTOUT_SIDE, NOISE_STD, Draw, NCPSettings
+
+__all__ = ["perturb"]
+
+_GLASS_OPS = frozenset({"fade", "cutout"})  # those that need the colour of the empty slide
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Float32 in [0, 1], contiguous; new memory or the input's own (never written to)."""
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32).div_(255.0).contiguous()
+    return images.to(torch.float32).contiguous()
+
+
+def _like(unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """From float32 in [0, 1] back to the dtype that came."""
+    return unit.mul(255.0).round_().to(torch.uint8) if dtype == torch.uint8 else unit.to(dtype)
+
+
+def perturb(
+    images: Tensor,
+    masks: Tensor,
+    mpp: Tensor,
+    draw: Draw,
+    settings: NCPSettings,
+    donors: Tensor | None = None,
+    donor_masks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Perturb all but the nuclei: ``a * image + (1 - a) * P(background)``.
+
+    Args:
+        images: (B, C, H, W), uint8 or floating point in [0, 1]; not written to.
+        masks: (B, 1, H, W) bool, True on nuclei.
+        mpp: (B,) float32 on the CPU, micrometres per pixel.
+        draw: what is done to each sample.
+        settings: lengths, and what becomes of a tile without nuclei.
+        donors: (D, C, H, W), like ``images``: where ``draw.donor`` points to; None is ``images`` itself.
+        donor_masks: (D, 1, H, W) bool: the donors' nuclei, which are painted over; None is ``masks`` where ``donors``
+            is None, and no nuclei otherwise.
+        out: where to write, like ``images`` and contiguous; ``images`` itself is allowed. None makes a new tensor.
+
+    Returns:
+        ``out``; nuclear pixels are bit-identical to the input's.
+    """
+    if out is None:
+        out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    in_place, result = out is images, out
+    # A MetaTensor takes its metadata through every operation, which costs more than most of them.
+    if donors is None:
+        donors, donor_masks = images, masks
+    images, masks, donors, out = (x.as_subclass(Tensor) for x in (images, masks, donors, out))
+    donor_masks = None if donor_masks is None else donor_masks.as_subclass(Tensor)
+    active = draw.active()
+    if settings.empty == "keep":
+        active &= masks.flatten(1).any(1).cpu()
+    given = _given(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
+    for part in chunks(images):
+        rows = active[part].nonzero().squeeze(1) + part.start
+        if len(rows) < part.stop - part.start and not in_place:
+            out[part] = images[part]
+        if len(rows):
+            at = rows.to(images.device)
+            out.index_copy_(0, at, _perturb_part(images, masks, mpp, draw, settings, given, rows))
+    return result
+
+
+@dataclass
+class _Given:
+    """The backgrounds that ``swap`` takes: (n, C, H, W) float32, and which of them is whose, (B,) int64 on the CPU."""
+
+    plates: Tensor
+    place: Tensor
+
+
+def _weight(masks: Tensor, mpp: Tensor, settings: NCPSettings) -> Tensor:
+    """:func:`functional.nuclear_weight` with lengths in micrometres."""
+    return ncp.nuclear_weight(masks, settings.margin_um / mpp, settings.feather_um / mpp)
+
+
+def _given(
+    mpp: Tensor, draw: Draw, settings: NCPSettings, donors: Tensor, donor_masks: Tensor | None, active: Tensor
+) -> _Given | None:
+    """Backgrounds for the samples that take another's; None where none does."""
+    if "swap" not in draw.amounts:
+        return None
+    rows = (active & (draw.amounts["swap"] > 0)).nonzero().squeeze(1)
+    giver = draw.donor[rows].to(donors.device)
+    plates = _unit(donors.index_select(0, giver))
+    if donor_masks is not None:
+        for part in chunks(plates):
+            nuclei = donor_masks.index_select(0, giver[part])
+            plates[part] = ncp.background_plate(plates[part], _weight(nuclei, mpp[rows[part]], settings))
+    place = torch.zeros(len(mpp), dtype=torch.int64)
+    place[rows] = torch.arange(len(rows))
+    return _Given(plates, place)
+
+
+def _perturb_part(
+    images: Tensor,
+    masks: Tensor,
+    mpp: Tensor,
+    draw: Draw,
+    settings: NCPSettings,
+    given: _Given | None,
+    rows: Tensor,
+) -> Tensor:
+    """:func:`perturb` for the samples ``rows`` ((n,) int64 on the CPU), each of which at least one op acts on."""
+    device = images.device
+    original = images.index_select(0, rows.to(device))
+    mask = masks.index_select(0, rows.to(device))
+    unit = _unit(original)
+    mpp, seeds = mpp[rows], draw.seeds[rows]
+    amounts = {name: amount[rows] for name, amount in draw.amounts.items()}
+    weight = _weight(mask, mpp, settings)
+    pixels = ncp.NuclearPixels.of(weight, unit.shape[1])
+    plate = ncp.background_plate(unit, weight, pixels)
+    # Of the plate as it is before anything is done to it.
+    colour = ncp.glass_colour(plate) if any(bool((amounts[n] > 0).any()) for n in _GLASS_OPS & amounts.keys()) else None
+    for name, amount in amounts.items():
+        drawn = (amount > 0).nonzero().squeeze(1)
+        if len(drawn) == 0:
+            continue
+        at = drawn.to(device)
+        here = plate.index_select(0, at) if len(drawn) < len(plate) else plate
+        much, seed, scale = amount[drawn], seeds[drawn], mpp[drawn]
+        if name == "swap" and given is not None:
+            theirs = given.plates.index_select(0, given.place[rows[drawn]].to(device))
+            here = ncp.swap_background(here, theirs, much)
+        elif name == "shuffle":
+            here = ncp.shuffle_patches(here, settings.patch_um / scale, much, seed)
+        elif name == "stain":
+            here = jitter_stain(here, much, seed)
+        elif name == "blur":
+            here = blur(here, much * BLUR_SIGMA_UM / scale)
+        elif name == "noise":
+            here = ncp.add_noise(here, much * NOISE_STD, seed)
+        elif name == "fade" and colour is not None:
+            here = ncp.fade(here, much, colour.index_select(0, at))
+        elif name == "cutout" and colour is not None:
+            here = ncp.cut_out(here, much * CUTOUT_SIDE, seed, colour.index_select(0, at))
+        else:
+            raise ValueError(f"draw names an unknown op {name!r}")
+        plate = plate.index_copy_(0, at, here) if len(drawn) < len(plate) else here
+    mixed = _like(ncp.keep_nuclei_(plate, unit, pixels), images.dtype)
+    if images.dtype in (torch.uint8, torch.float32):  # whose values survived the way there and back
+        return mixed
+    return torch.where(mask, original, mixed)

@@ -1,0 +1,202 @@
+"""What may be perturbed, how often and how much: the settings of Nuclei-Centered Perturbation, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cytossl_monai.transforms.kernels.random import hash_uniform
+
+__all__ = ["OP_NAMES", "PRESETS", "Draw", "NCPSettings", "OpSetting"]
+
+OP_NAMES = ("swap", "shuffle", "stain", "blur", "fade", "cutout", "noise")
+"""In the order in which they are applied: what moves pixels, then what colours them, then what a camera would add."""
+
+BLUR_SIGMA_UM = 3.0  # sigma of a blur of strength 1
+NOISE_STD = 0.15  # standard deviation of a noise of strength 1, as a part of the full range
+CUTOUT_SIDE = 0.6  # longest side of a rectangle of a cut-out of strength 1, as a part of the tile's side
+LEAST_PART = 0.3  # an op that is drawn acts with this part of its strength at least
+_MICROMETRE_OPS = frozenset({"blur", "shuffle"})
+
+_ACTIVE_STREAM, _DRAW_STREAM, _AMOUNT_STREAM, _DONOR_STREAM = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class OpSetting:
+    """How often and how much one op acts.
+
+    Args:
+        prob: probability that a perturbed sample gets it, in [0, 1].
+        strength: how much at most, in [0, 1]; what 1 means is told at :class:`NCPSettings`.
+    """
+
+    prob: float
+    strength: float
+
+
+def _same(prob: float, strength: float) -> dict[str, dict[str, float]]:
+    return {name: {"prob": prob, "strength": strength} for name in OP_NAMES}
+
+
+PRESETS: dict[str, dict[str, dict[str, float]]] = {
+    "light": {
+        "stain": {"prob": 0.5, "strength": 0.4},
+        "blur": {"prob": 0.3, "strength": 0.4},
+        "fade": {"prob": 0.3, "strength": 0.4},
+        "noise": {"prob": 0.3, "strength": 0.3},
+    },
+    "default": {
+        "swap": {"prob": 0.2, "strength": 1.0},
+        "shuffle": {"prob": 0.2, "strength": 0.7},
+        "stain": {"prob": 0.5, "strength": 0.8},
+        "blur": {"prob": 0.3, "strength": 0.7},
+        "fade": {"prob": 0.3, "strength": 0.8},
+        "cutout": {"prob": 0.2, "strength": 0.7},
+        "noise": {"prob": 0.3, "strength": 0.5},
+    },
+    "strong": {**_same(0.5, 1.0), "swap": {"prob": 0.4, "strength": 1.0}, "shuffle": {"prob": 0.4, "strength": 1.0}},
+}
+"""Named choices of ops, from gentle to harsh."""
+
+
+def _number(key: str, value: Any, low: float, high: float, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{key} is {value!r}; allowed is {allowed}")
+    return float(value)
+
+
+def _parse_ops(ops: str | Mapping[str, Any]) -> dict[str, OpSetting]:
+    """Check the choice of ops. Those that are not named are off."""
+    if isinstance(ops, str):
+        if ops not in PRESETS:
+            raise ValueError(f"ops is {ops!r}; allowed is one of {', '.join(PRESETS)}, or a mapping of op names")
+        ops = PRESETS[ops]
+    if not isinstance(ops, Mapping):
+        raise ValueError(f"ops is a {type(ops).__name__}; allowed is a preset's name or a mapping of op names")
+    parsed = {}
+    for name, setting in ops.items():
+        if name not in OP_NAMES:
+            raise ValueError(f"ops names an unknown op {name!r}; allowed are {', '.join(OP_NAMES)}")
+        if isinstance(setting, OpSetting):
+            setting = {"prob": setting.prob, "strength": setting.strength}
+        if not isinstance(setting, Mapping) or set(setting) != {"prob", "strength"}:
+            raise ValueError(f"ops[{name!r}] is {setting!r}; allowed is a mapping of exactly prob and strength")
+        prob = _number(f"ops[{name!r}]['prob']", setting["prob"], 0.0, 1.0, "a number in [0, 1]")
+        strength = _number(f"ops[{name!r}]['strength']", setting["strength"], 0.0, 1.0, "a number in [0, 1]")
+        parsed[name] = OpSetting(prob, strength)
+    return parsed
+
+
+@dataclass
+class Draw:
+    """What was drawn for a batch; all tensors lie on the CPU, one row a sample.
+
+    Args:
+        seeds: (B,) int64, from which the kernels draw what fills space (noise, places of patches and rectangles).
+        amounts: for every op that is on, (B,) float32: its amount, 0 where it was not drawn.
+        donor: (B,) int64, the sample of the batch whose background is taken where "swap" is drawn; a batch of one has
+            no donor, and "swap" is never drawn there.
+    """
+
+    seeds: Tensor
+    amounts: dict[str, Tensor]
+    donor: Tensor
+
+    def active(self) -> Tensor:
+        """(B,) bool: samples that at least one op acts on."""
+        hit = torch.zeros(len(self.seeds), dtype=torch.bool)
+        for amount in self.amounts.values():
+            hit |= amount > 0
+        return hit
+
+
+class NCPSettings:
+    """All settings of Nuclei-Centered Perturbation.
+
+    What a strength of 1 means: ``blur`` a sigma of 3 micrometres; ``noise`` a standard deviation of 0.15 of the range;
+    ``fade`` the colour of glass alone; ``stain`` each stain's density times 0.5 to 1.5 and shifted by 0.05; ``shuffle``
+    all patches change places; ``swap`` the other tile's background alone; ``cutout`` three rectangles of up to 0.6 of
+    the tile's side. An op that is drawn acts with 0.3 to 1.0 of its strength, uniformly; with all of it where
+    ``random_amount`` is off.
+
+    Args:
+        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}``; ops that
+            are not named are off. Names: blur, noise, fade, stain, shuffle, swap, cutout.
+        margin_um: micrometres around a nucleus that are kept whole, >= 0: the nuclear border belongs to the nucleus.
+        feather_um: micrometres over which the original then passes into the perturbed, >= 0.
+        patch_um: side of the patches of ``shuffle`` in micrometres, > 0.
+        prob: probability that a sample is perturbed at all, in [0, 1].
+        empty: what becomes of a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        random_amount: draw how much an op acts; False takes its strength as it is.
+
+    Raises:
+        ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
+    """
+
+    def __init__(
+        self,
+        ops: str | Mapping[str, Any] = "default",
+        margin_um: float = 0.5,
+        feather_um: float = 1.5,
+        patch_um: float = 16.0,
+        prob: float = 1.0,
+        empty: str = "keep",
+        random_amount: bool = True,
+    ) -> None:
+        self.ops = _parse_ops(ops)
+        self.margin_um = _number("margin_um", margin_um, 0.0, 1e3, "a number >= 0, in micrometres")
+        self.feather_um = _number("feather_um", feather_um, 0.0, 1e3, "a number >= 0, in micrometres")
+        self.patch_um = _number("patch_um", patch_um, 1e-3, 1e5, "a number > 0, in micrometres")
+        self.prob = _number("prob", prob, 0.0, 1.0, "a number in [0, 1]")
+        if empty not in ("keep", "perturb"):
+            raise ValueError(f"empty is {empty!r}; allowed is 'keep' or 'perturb'")
+        self.empty = empty
+        self.random_amount = bool(random_amount)
+
+    @property
+    def needs_mpp(self) -> bool:
+        """Whether any length is given in micrometres, so that ``mpp`` must be known."""
+        return self.margin_um > 0 or self.feather_um > 0 or not _MICROMETRE_OPS.isdisjoint(self.ops)
+
+    def perturbs(self, seeds: Tensor) -> Tensor:
+        """(B,) bool on the CPU: the samples that ``prob`` chooses, for their seeds ((B,) int64)."""
+        return hash_uniform(seeds.cpu(), _ACTIVE_STREAM, 1)[:, 0] < self.prob
+
+    def draw(self, seeds: Tensor, own_donors: bool = False) -> Draw:
+        """Draw what is done to each sample.
+
+        Args:
+            seeds: (B,) int64.
+            own_donors: the caller gives a donor for each sample, so "swap" is possible in a batch of one too.
+
+        Returns:
+            The draw; a pure function of the seeds, sample by sample, but for ``donor``.
+        """
+        batch = len(seeds)
+        seeds = seeds.cpu()
+        active = self.perturbs(seeds)
+        chance = hash_uniform(seeds, _DRAW_STREAM, len(OP_NAMES))
+        part = hash_uniform(seeds, _AMOUNT_STREAM, len(OP_NAMES)).mul_(1.0 - LEAST_PART).add_(LEAST_PART)
+        if not self.random_amount:
+            part = torch.ones_like(part)
+        amounts = {}
+        for position, name in enumerate(OP_NAMES):
+            if name not in self.ops or (name == "swap" and batch < 2 and not own_donors):
+                continue
+            setting = self.ops[name]
+            drawn = active & (chance[:, position] < setting.prob)
+            amounts[name] = torch.where(drawn, setting.strength * part[:, position], 0.0).to(torch.float32)
+        offset = 1 + (hash_uniform(seeds, _DONOR_STREAM, 1)[:, 0] * max(batch - 1, 1)).to(torch.int64)
+        donor = (torch.arange(batch) + offset) % max(batch, 1)
+        return Draw(seeds, amounts, donor)
+
+    def __repr__(self) -> str:
+        ops = ", ".join(f"{name}: p={s.prob:g} s={s.strength:g}" for name, s in self.ops.items())
+        return (
+            f"NCPSettings({{{ops}}}, margin_um={self.margin_um:g}, feather_um={self.feather_um:g}, "
+            f"patch_um={self.patch_um:g}, prob={self.prob:g}, empty={self.empty!r})"
+        )

@@ -1,0 +1,123 @@
+"""Nuclei that another program found: instance maps, masks, and the GeoJSON that QuPath exports.
+
+HoVerNet, Cellpose and StarDist write instance maps (``.npy`` or images), and so does everything that speaks MONAI;
+QuPath writes polygons in pixels of the whole slide. Either becomes what ``SegmentNuclei`` gives, so that perturbation,
+crops and views need not know where nuclei come from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from skimage.draw import polygon
+from skimage.measure import label
+
+from cytossl_monai.utils.errors import InputError
+
+__all__ = ["labels_from_geojson", "labels_from_map"]
+
+
+def labels_from_map(instances: ArrayLike | torch.Tensor, name: str = "mask") -> NDArray[np.int32]:
+    """An instance map or a binary mask as instance labels.
+
+    Args:
+        instances: (H, W) or (1, H, W). Whole numbers are instances, 0 is background. A mask of bool, of 0 and 1, or of
+            0 and 255 is cut into its 8-connected components.
+        name: what to call it in messages.
+
+    Returns:
+        int32 (H, W), numbered 1..n without gaps.
+
+    Raises:
+        ValueError: another shape, fractions, or negative numbers.
+    """
+    array = np.asarray(instances.detach().cpu() if isinstance(instances, torch.Tensor) else instances)
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 2:
+        raise ValueError(f"{name} has the shape {array.shape}; allowed is (H, W) or (1, H, W).")
+    if array.dtype.kind not in "buif" or not np.array_equal(array, np.floor(array)) or array.min(initial=0) < 0:
+        raise ValueError(f"{name} holds {array.dtype} that are no whole numbers >= 0; allowed are instances or a mask.")
+    values = np.unique(array)
+    if values.size and float(values[-1]) in (1.0, 255.0) and set(values.tolist()) <= {0, values[-1]}:
+        return np.asarray(label(array > 0, connectivity=2), dtype=np.int32)
+    return _numbered(array)
+
+
+def _numbered(array: NDArray[Any]) -> NDArray[np.int32]:
+    """The same regions, numbered 1..n without gaps."""
+    values, inverse = np.unique(array, return_inverse=True)
+    return (inverse.reshape(array.shape) + (0 if values.size and values[0] == 0 else 1)).astype(np.int32)
+
+
+def _rings(feature: Any, name: str) -> Iterator[list[NDArray[np.float64]]]:
+    """The polygons of a feature, each as its outer ring and its holes, (n, 2) x, y."""
+    geometry = feature.get("nucleusGeometry") or feature.get("geometry") if isinstance(feature, Mapping) else None
+    kind = geometry.get("type") if isinstance(geometry, Mapping) else None
+    if kind not in ("Polygon", "MultiPolygon"):
+        return  # points and lines of annotations have no area
+    assert isinstance(geometry, Mapping)
+    parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
+    for part in parts:
+        rings = [np.asarray(ring, dtype=np.float64) for ring in part]
+        if not rings or any(ring.ndim != 2 or ring.shape[1] < 2 for ring in rings):
+            raise InputError(f"{name} holds a {kind} whose rings are no lists of x, y; export it from QuPath again.")
+        yield [ring[:, :2] for ring in rings]
+
+
+def labels_from_geojson(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any],
+    shape: tuple[int, int],
+    origin: tuple[float, float] = (0.0, 0.0),
+    downsample: float = 1.0,
+) -> NDArray[np.int32]:
+    """Draw the polygons of a GeoJSON, as QuPath exports them, into the instance map of a tile.
+
+    Cells that QuPath detected carry the outline of their nucleus beside that of the cell (``nucleusGeometry``): the
+    nucleus is taken. Where polygons overlap, the later one wins.
+
+    Args:
+        source: a file, or what it holds: a FeatureCollection, a feature, or a list of features.
+        shape: (H, W) of the tile in pixels.
+        origin: x, y of the tile's top-left corner in the polygons' pixels (level 0 of the slide).
+        downsample: pixels of level 0 to one pixel of the tile.
+
+    Returns:
+        int32 (H, W), 0 is background, 1..n the nuclei that show in the tile.
+
+    Raises:
+        InputError: the file is absent, is no GeoJSON, or a polygon in it is malformed.
+        ValueError: ``downsample`` is not positive.
+    """
+    if not downsample > 0:
+        raise ValueError(f"downsample is {downsample}; it must be positive: level-0 pixels to a pixel of the tile.")
+    name = "The GeoJSON"
+    content: Any = source
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+        try:
+            content = json.loads(Path(source).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{name} cannot be read ({error.strerror}); give a GeoJSON file.") from error
+        except ValueError as error:
+            raise InputError(f"{name} is no JSON ({error}); export it from QuPath as GeoJSON.") from error
+    features = content.get("features", [content]) if isinstance(content, Mapping) else content
+    if not isinstance(features, Sequence) or isinstance(features, str):
+        raise InputError(f"{name} is no GeoJSON: it holds no features; export objects from QuPath as GeoJSON.")
+    labels = np.zeros(shape, dtype=np.int32)
+    for number, feature in enumerate(features, start=1):
+        for rings in _rings(feature, name):
+            inside = np.zeros(shape, dtype=bool)
+            for index, ring in enumerate(rings):
+                # A pixel is covered where its centre is: that of pixel 0 lies at 0.5.
+                columns, rows = ((ring - np.asarray(origin)) / downsample - 0.5).T
+                inside[polygon(rows, columns, shape)] = index == 0
+            labels[inside] = number
+    return _numbered(labels)

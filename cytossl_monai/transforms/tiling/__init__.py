@@ -1,0 +1,1 @@
+"""Slides to tiles as MONAI transforms."""

@@ -1,0 +1,191 @@
+"""Where a view is cut: random resized crops, flips and quarter turns of a whole batch as one resampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.kernels.resampling import halve
+
+__all__ = ["CropBoxes", "cut_views", "draw_boxes", "nuclear_cells"]
+
+_NUCLEUS_CELL = 8  # pixels a side of the cells among which the nucleus that a crop is centred on is drawn
+_ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is halved first; bilinear sampling alone is fine below
+
+
+@dataclass
+class CropBoxes:
+    """Where each sample of a batch is cut; all on the CPU.
+
+    Args:
+        centre: (B, 2) float64, x and y in pixels of the tile, the left and upper border at 0.
+        size: (B, 2) float64, width and height in pixels of the tile.
+        axes: (B, 2, 2) float64: a signed permutation that turns and mirrors the view.
+    """
+
+    centre: Tensor
+    size: Tensor
+    axes: Tensor
+
+    def of(self, rows: Tensor | slice) -> CropBoxes:
+        """The boxes of some samples."""
+        return CropBoxes(self.centre[rows], self.size[rows], self.axes[rows])
+
+
+def nuclear_cells(nuclei: Tensor) -> Tensor:
+    """Which cells of 8 x 8 pixels hold a part of a nucleus.
+
+    Args:
+        nuclei: (B, 1, H, W) bool.
+
+    Returns:
+        (B, ceil(H / 8), ceil(W / 8)) float32 on the CPU, 1 or 0.
+    """
+    return F.max_pool2d(nuclei.to(torch.float32), _NUCLEUS_CELL, ceil_mode=True)[:, 0].cpu()
+
+
+def draw_boxes(
+    drawn: Tensor,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool = True,
+    turn: bool = True,
+    cells: Tensor | None = None,
+    nucleus_prob: float = 0.0,
+) -> CropBoxes:
+    """Draw a crop a sample.
+
+    Args:
+        drawn: (B, 10) float64 in [0, 1), the random numbers to use.
+        height: of the tiles, pixels.
+        width: of the tiles, pixels.
+        scale: least and largest part of the tile's area.
+        ratio: least and largest width to height.
+        flip: mirror half of the samples.
+        turn: turn by 0, 90, 180 or 270 degrees, each as likely.
+        cells: as of :func:`nuclear_cells`, to centre crops on nuclei.
+        nucleus_prob: part of the crops that are centred on a nucleus, as far as the tile's border allows. A tile
+            without nuclei is cut anywhere.
+
+    Returns:
+        Boxes that lie within the tile.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * drawn[:, 0])
+    aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * drawn[:, 1])
+    box_w = (area * aspect).sqrt().clamp(1.0, width)
+    box_h = (area / box_w).clamp(1.0, height)
+    centre_x = box_w / 2 + (width - box_w) * drawn[:, 2]
+    centre_y = box_h / 2 + (height - box_h) * drawn[:, 3]
+    if cells is not None and nucleus_prob > 0.0:
+        across = cells.shape[-1]
+        running = cells.flatten(1).to(torch.float64).cumsum(1)
+        total = running[:, -1:]
+        picked = torch.searchsorted(running, drawn[:, 4:5] * total, right=True).clamp_(max=running.shape[1] - 1)[:, 0]
+        at_x = ((picked % across) + drawn[:, 5]) * _NUCLEUS_CELL
+        at_y = ((picked // across) + drawn[:, 6]) * _NUCLEUS_CELL
+        use = (total[:, 0] > 0) & (drawn[:, 7] < nucleus_prob)
+        centre_x = torch.where(use, torch.minimum(torch.maximum(at_x, box_w / 2), width - box_w / 2), centre_x)
+        centre_y = torch.where(use, torch.minimum(torch.maximum(at_y, box_h / 2), height - box_h / 2), centre_y)
+    quarter = (drawn[:, 8] * 4).to(torch.int64) if turn else torch.zeros(len(drawn), dtype=torch.int64)
+    cos = torch.tensor([1.0, 0.0, -1.0, 0.0], dtype=torch.float64)[quarter]
+    sin = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)[quarter]
+    mirror = torch.where(drawn[:, 9] < 0.5, -1.0, 1.0) if flip else torch.ones(len(drawn), dtype=torch.float64)
+    axes = torch.stack([torch.stack([mirror * cos, -sin], 1), torch.stack([mirror * sin, cos], 1)], 1)
+    return CropBoxes(torch.stack([centre_x, centre_y], 1), torch.stack([box_w, box_h], 1), axes)
+
+
+def _grid(boxes: CropBoxes, side: int, height: int, width: int, device: torch.device) -> Tensor:
+    """(n, side, side, 2) sampling positions in [-1, 1], as ``grid_sample`` takes them (``align_corners=False``)."""
+    tile = torch.tensor([width, height], dtype=torch.float64)
+    middle = 2.0 * boxes.centre / tile - 1.0
+    steps = (boxes.size / tile).unsqueeze(-1) * boxes.axes
+    line = ((torch.arange(side, dtype=torch.float64) * 2.0 + 1.0) / side - 1.0).view(1, -1, 1)
+    along_x = (middle.unsqueeze(1) + steps[:, None, :, 0] * line).to(torch.float32)
+    along_y = (steps[:, None, :, 1] * line).to(torch.float32)
+    # Pairs are added as complex numbers: one pass that writes in order.
+    x, y = (torch.view_as_complex(part.contiguous()).to(device) for part in (along_x, along_y))
+    return torch.view_as_real(x.unsqueeze(1) + y.unsqueeze(2))
+
+
+def _cut(pyramid: list[Tensor], boxes: CropBoxes, side: int, channels: int) -> Tensor:
+    """One view of each sample: (n, channels, side, side).
+
+    Args:
+        pyramid: (n, C, H, W) and its halves, quarters, ..., which are added where they are needed first.
+        boxes: where to cut, n of them.
+        side: of the view in pixels.
+        channels: the first so many are cut.
+    """
+    depths = torch.log2(boxes.size.amax(1) / (side * _ALIAS_FACTOR)).ceil_().clamp_(min=0).to(torch.int64)
+    deepest = int(depths.max())
+    while len(pyramid) <= deepest:
+        pyramid.append(halve(pyramid[-1]))
+
+    def sample(depth: int, picture: Tensor, boxes: CropBoxes) -> Tensor:
+        height, width = (length << depth for length in picture.shape[-2:])
+        grid = _grid(boxes, side, height, width, picture.device)
+        return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    if bool((depths == deepest).all()):
+        return sample(deepest, pyramid[deepest][:, :channels], boxes)
+    out = torch.empty(len(depths), channels, side, side, device=pyramid[0].device)
+    for depth in depths.unique().tolist():  # seldom more than two
+        rows = (depths == depth).nonzero().squeeze(1)
+        at = rows.to(out.device)
+        out.index_copy_(0, at, sample(depth, pyramid[depth][:, :channels].index_select(0, at), boxes.of(rows)))
+    return out
+
+
+def cut_views(
+    tiles: Tensor,
+    masks: Tensor | None,
+    boxes: list[CropBoxes],
+    sizes: list[int],
+    masked: Collection[int] | None = None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Cut several views of each tile, image and mask in one resampling.
+
+    Colours are interpolated bilinearly; a tile that is shrunk by more than 1.5 is halved first, as often as it takes,
+    so that nothing aliases. A pixel of the mask is nuclear where more than half of what is interpolated is.
+
+    Args:
+        tiles: (B, C, H, W), uint8 or floating point in [0, 1].
+        masks: (B, 1, H, W) bool; None cuts no masks.
+        boxes: where to cut, one for each view.
+        sizes: side of each view in pixels.
+        masked: indices of the views whose masks are wanted; None wants all.
+
+    Returns:
+        For each view: (B, C, side, side) float32 in [0, 1], and (B, 1, side, side) bool or None.
+    """
+    batch, channels, height, width = tiles.shape
+    device = tiles.device
+    views: list[tuple[Tensor, Tensor | None]] = []
+    for index, side in enumerate(sizes):
+        mask = None
+        if masks is not None and (masked is None or index in masked):
+            mask = torch.empty(batch, 1, side, side, dtype=torch.bool, device=device)
+        views.append((torch.empty(batch, channels, side, side, device=device), mask))
+    planes = channels + any(mask is not None for _, mask in views)
+    for rows in chunks(tiles):
+        source = torch.empty(rows.stop - rows.start, planes, height, width, device=device)
+        source[:, :channels] = tiles[rows]
+        if tiles.dtype == torch.uint8:
+            source[:, :channels] /= 255.0
+        if masks is not None and planes > channels:
+            source[:, channels:] = masks[rows]
+        pyramid = [source]
+        for box, side, (view, mask) in zip(boxes, sizes, views, strict=True):
+            cut = _cut(pyramid, box.of(rows), side, channels if mask is None else planes)
+            torch.clamp(cut[:, :channels], 0.0, 1.0, out=view[rows])
+            if mask is not None:
+                torch.gt(cut[:, channels:], 0.5, out=mask[rows])
+    return views

@@ -1,0 +1,263 @@
+"""Views for self-supervised learning: whole batches at once, on the device that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cytossl_monai.transforms.kernels.blur import blur
+from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp
+from cytossl_monai.transforms.kernels.chunks import change_some_, chunks
+from cytossl_monai.transforms.kernels.colour import jitter_stain
+from cytossl_monai.transforms.kernels.random import draw_seeds, hash_uniform
+from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.transforms.views.boxes import CropBoxes, cut_views, draw_boxes, nuclear_cells
+
+__all__ = ["ViewGenerator"]
+
+
+def _default_segmenter(images: Tensor, mpp: Tensor) -> Tensor:
+    """This package's nuclei, imported at the first call: a caller with masks of its own does not need it."""
+    from cytossl_monai.transforms.nuclei.mask import nuclei_mask
+
+    return nuclei_mask(images, mpp)
+
+
+def _pair(key: str, value: Sequence[float], low: float, high: float) -> tuple[float, float]:
+    pair = tuple(float(v) for v in value)
+    if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high:
+        raise ValueError(f"{key} is {value!r}; allowed are two numbers, least and largest, in [{low:g}, {high:g}]")
+    return pair[0], pair[1]
+
+
+def _part(key: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{key} is {value!r}; allowed is a number in [0, 1]")
+    return float(value)
+
+
+class ViewGenerator(nn.Module):
+    """Make the views that a self-supervised method compares.
+
+    A view is a random resized crop, mirrored and turned by quarters (a cell has no upper side), its background
+    perturbed (NCP) where asked for, its stains varied in optical density and blurred. Nuclei are found once, on the
+    tile, and go through the same crop as the colours. The views are not normalised: an encoder does that itself.
+
+    Grey and solarised views are off by default, unlike in recipes for photographs. Colour tells a keratinised
+    (orange) from a basal (blue) cell, so a view must not lose it. Solarising turns bright pixels dark: glass would
+    become darker than nuclei, while "darker means more stain" is what holds in every real slide.
+
+    Args:
+        global_size: side of a global view in pixels.
+        local_size: side of a local view in pixels.
+        n_global: global views.
+        n_local: local views.
+        global_scale: least and largest part of the tile's area that a global view shows.
+        local_scale: the same for a local view.
+        ratio: least and largest width to height of a crop.
+        ncp: the perturbation; None perturbs nothing.
+        ncp_views: which views are perturbed: ``"all"``, ``"global"``, ``"local"``, or indices, the global views first.
+            The default leaves the first global view as it is: the two then agree in nuclei alone.
+        nucleus_prob: part of the local crops that are centred on a nucleus, where the tile has one.
+        same_nucleus_prob: part of the tiles whose global views are all centred on one and the same nucleus, so that
+            they show the same cell. Cells lie scattered: crops of a tile cut anywhere often share none.
+        segmenter: ``(images, mpp) -> (B, 1, H, W) bool``, asked where no masks are given; None is
+            :func:`cytossl_monai.transforms.nuclei.mask.nuclei_mask`.
+        find_nuclei: False never asks the segmenter: without masks from the caller no view is perturbed or centred.
+        flip: mirror half of the views.
+        turn: turn views by 0, 90, 180 or 270 degrees.
+        stain_prob: part of the views whose stains vary.
+        stain_scale: a stain's density is multiplied by 1 - scale to 1 + scale.
+        stain_shift: and shifted by -shift to shift, in absorbance.
+        blur_prob: part of the views that are blurred.
+        blur_sigma: least and largest sigma in pixels of the view.
+        grey_prob: part of the views that lose their colour.
+        solarise_prob: part of the views whose pixels above 0.5 are inverted.
+        drop_empty: leave tiles without nuclei out of all views, unless no tile has any.
+
+    Raises:
+        ValueError: for a number outside its range; the message names the key.
+    """
+
+    def __init__(
+        self,
+        global_size: int = 224,
+        local_size: int = 96,
+        n_global: int = 2,
+        n_local: int = 6,
+        global_scale: Sequence[float] = (0.4, 1.0),
+        local_scale: Sequence[float] = (0.05, 0.4),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        ncp: BatchedNCP | None = None,
+        ncp_views: str | Sequence[int] = (1,),
+        nucleus_prob: float = 0.5,
+        same_nucleus_prob: float = 0.0,
+        segmenter: Callable[[Tensor, Tensor], Tensor] | None = None,
+        find_nuclei: bool = True,
+        flip: bool = True,
+        turn: bool = True,
+        stain_prob: float = 0.8,
+        stain_scale: float = 0.3,
+        stain_shift: float = 0.02,
+        blur_prob: float = 0.5,
+        blur_sigma: Sequence[float] = (0.1, 2.0),
+        grey_prob: float = 0.0,
+        solarise_prob: float = 0.0,
+        drop_empty: bool = False,
+    ) -> None:
+        super().__init__()
+        for key, value, least in (
+            ("global_size", global_size, 1),
+            ("local_size", local_size, 1),
+            ("n_global", n_global, 0),
+            ("n_local", n_local, 0),
+        ):
+            if int(value) != value or value < least:
+                raise ValueError(f"{key} is {value!r}; allowed is a whole number >= {least}")
+        self.sizes = [int(global_size)] * n_global + [int(local_size)] * n_local
+        self.n_global = int(n_global)
+        self.global_scale = _pair("global_scale", global_scale, 1e-6, 1.0)
+        self.local_scale = _pair("local_scale", local_scale, 1e-6, 1.0)
+        self.ratio = _pair("ratio", ratio, 1e-3, 1e3)
+        if ncp is not None and ncp.drop:
+            raise ValueError("ncp has empty='drop'; allowed here is 'keep' or 'perturb': all views need the same tiles")
+        self.ncp = ncp
+        self.ncp_views = self._chosen_views(ncp_views)
+        self.nucleus_prob = _part("nucleus_prob", nucleus_prob)
+        self.same_nucleus_prob = _part("same_nucleus_prob", same_nucleus_prob)
+        self.segmenter = segmenter or _default_segmenter
+        self.find_nuclei = find_nuclei
+        self.flip, self.turn = flip, turn
+        self.stain_prob = _part("stain_prob", stain_prob)
+        self.stain_scale = _part("stain_scale", stain_scale)
+        self.stain_shift = _part("stain_shift", stain_shift)
+        self.blur_prob = _part("blur_prob", blur_prob)
+        self.blur_sigma = _pair("blur_sigma", blur_sigma, 0.0, 100.0)
+        self.grey_prob = _part("grey_prob", grey_prob)
+        self.solarise_prob = _part("solarise_prob", solarise_prob)
+        self.drop_empty = drop_empty
+
+    def _chosen_views(self, chosen: str | Sequence[int]) -> frozenset[int]:
+        every = range(len(self.sizes))
+        named = {"all": every, "global": every[: self.n_global], "local": every[self.n_global :]}
+        if isinstance(chosen, str):
+            if chosen not in named:
+                raise ValueError(f"ncp_views is {chosen!r}; allowed is {', '.join(named)}, or indices of views")
+            return frozenset(named[chosen])
+        if any(int(view) not in every for view in chosen):
+            raise ValueError(f"ncp_views is {list(chosen)}; allowed are indices of the {len(self.sizes)} views")
+        return frozenset(int(view) for view in chosen)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tiles: Tensor,
+        mpp: float | Tensor | None = None,
+        masks: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Any]:
+        """Make the views of a batch.
+
+        Args:
+            tiles: (B, 3, H, W), uint8 or floating point in [0, 1]; not written to.
+            mpp: micrometres per pixel of the tiles, one for all or one a sample; not needed where neither nuclei are
+                looked for nor NCP is on.
+            masks: (B, 1, H, W), bool or 0 and 1: nuclei from elsewhere; None asks the segmenter.
+            generator: where all random numbers come from; None takes torch's global CPU generator.
+
+        Returns:
+            ``"global"``: a list of (B, 3, global_size, global_size) float32 in [0, 1]; ``"local"``: the same with
+            local_size; ``"nuclei"``: a list of (B, 1, global_size, global_size) bool, the nuclei of the global views
+            (empty where none were looked for); ``"kept"``: (B,) int64, the tiles that the views show, which are
+            fewer than came where ``drop_empty`` is on.
+
+        Raises:
+            ValueError: for tiles, masks or ``mpp`` that do not fit; the message names which.
+        """
+        check_images(tiles, "tiles")
+        tiles = tiles.as_subclass(Tensor)  # views are cut anew: a MetaTensor's affine is not theirs
+        perturbing = self.ncp is not None and self.ncp.settings.prob > 0 and bool(self.ncp_views)
+        if masks is not None:
+            masks = check_masks(masks, tiles)
+        elif self.find_nuclei:
+            masks = self.segmenter(tiles, check_mpp(mpp, len(tiles)).to(tiles.device))
+        masks = None if masks is None else masks.as_subclass(Tensor)
+        scale = None if mpp is None else check_mpp(mpp, len(tiles))
+        kept = torch.arange(len(tiles), device=tiles.device)
+        if self.drop_empty and masks is not None:
+            with_nuclei = BatchedNCP.kept(masks)
+            if 0 < len(with_nuclei) < len(tiles):
+                kept = with_nuclei
+                tiles, masks = tiles[kept], masks[kept]
+                scale = None if scale is None else scale[kept.cpu()]
+        batch, height, width = len(tiles), tiles.shape[-2], tiles.shape[-1]
+
+        device = "cpu" if generator is None else generator.device
+        boxes: list[CropBoxes] = []
+        anchor: Tensor | None = None
+        centred = max(self.nucleus_prob, self.same_nucleus_prob) > 0
+        cells = nuclear_cells(masks) if centred and masks is not None else None
+        for index in range(len(self.sizes)):
+            drawn = torch.rand(batch, 10, generator=generator, dtype=torch.float64, device=device).cpu()
+            is_global = index < self.n_global
+            if is_global and self.same_nucleus_prob > 0:
+                # Whether to centre, and on which nucleus, is drawn once for all global views.
+                anchor = drawn[:, 4:8].clone() if anchor is None else anchor
+                drawn[:, 4:8] = anchor
+            boxes.append(
+                draw_boxes(
+                    drawn,
+                    height,
+                    width,
+                    self.global_scale if is_global else self.local_scale,
+                    self.ratio,
+                    self.flip,
+                    self.turn,
+                    cells,
+                    self.same_nucleus_prob if is_global else self.nucleus_prob,
+                )
+            )
+        out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}
+        masked = {*range(self.n_global), *(self.ncp_views if perturbing else ())}
+        for index, (view, mask) in enumerate(cut_views(tiles, masks, boxes, self.sizes, masked)):
+            seeds = draw_seeds(2 * batch, generator).view(2, batch)
+            if perturbing and self.ncp is not None and index in self.ncp_views and mask is not None:
+                view_scale = None
+                if scale is not None:  # a crop that is enlarged shows fewer micrometres a pixel
+                    zoom = boxes[index].size.prod(1).sqrt() / self.sizes[index]
+                    view_scale = (scale * zoom).to(torch.float32)
+                view = self.ncp(view, mask, view_scale, seeds=seeds[0], check=False, out=view)
+            self._colour_(view, seeds[1])
+            out["global" if index < self.n_global else "local"].append(view)
+            if index < self.n_global and mask is not None:
+                out["nuclei"].append(mask)
+        return out
+
+    def _colour_(self, view: Tensor, seeds: Tensor) -> None:
+        """Vary stains, blur, and (off by default) take colour away and solarise, in place."""
+        drawn = hash_uniform(seeds, 10, 5)
+        low, high = self.blur_sigma
+        sigma = (low + (high - low) * drawn[:, 2]).to(torch.float32)
+
+        def stain(part: Tensor, at: Tensor) -> Tensor:
+            return jitter_stain(part, torch.ones(len(at)), seeds[at], self.stain_scale, self.stain_shift)
+
+        def grey(part: Tensor, _: Tensor) -> Tensor:
+            weights = torch.tensor([0.299, 0.587, 0.114], device=part.device).view(1, 3, 1, 1)
+            return (part * weights).sum(1, keepdim=True).clamp_(0.0, 1.0).expand(-1, 3, -1, -1)
+
+        def solarise(part: Tensor, _: Tensor) -> Tensor:
+            return torch.where(part >= 0.5, 1.0 - part, part)
+
+        steps = (
+            (0, self.stain_prob, stain),
+            (1, self.blur_prob, lambda part, at: blur(part, sigma[at])),
+            (3, self.grey_prob, grey),
+            (4, self.solarise_prob, solarise),
+        )
+        for rows in chunks(view):
+            for column, prob, change in steps:
+                change_some_(view, rows, drawn[:, column] < prob, change)

@@ -1,0 +1,86 @@
+"""The group of processes that torchrun started: who is in it, join, wait, leave."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+__all__ = [
+    "barrier",
+    "init_distributed",
+    "is_distributed",
+    "is_main",
+    "rank",
+    "shutdown_distributed",
+    "world_size",
+]
+
+
+def rank(device: torch.device | None = None) -> int:
+    """Number of this process; 0 where there is only one.
+
+    Args:
+        device: what ``init_distributed`` gave; not looked at. A configuration names it so that it is made first.
+    """
+    del device
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size(device: torch.device | None = None) -> int:
+    """Number of processes.
+
+    Args:
+        device: as for ``rank``.
+    """
+    del device
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and shows progress."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def init_distributed(backend: str | None = None) -> torch.device:
+    """Join the processes that torchrun started, and say which device this one trains on.
+
+    Args:
+        backend: ``"nccl"`` or ``"gloo"``; default: nccl where this process has a GPU of its own, else gloo.
+
+    Returns:
+        ``cuda:<LOCAL_RANK>`` or the CPU.
+
+    Raises:
+        RuntimeError: when not started by torchrun.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError(
+            "multi_gpu_train.json runs under torchrun: torchrun --nproc_per_node=2 -m monai.bundle run ..."
+        )
+    local = int(os.environ["LOCAL_RANK"])
+    on_gpu = torch.cuda.is_available() and local < torch.cuda.device_count() and backend != "gloo"
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"))
+    return device
+
+
+def shutdown_distributed() -> None:
+    """Leave the group of processes, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_distributed() -> bool:
+    """True when a process group of more than one process is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

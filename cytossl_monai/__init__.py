@@ -1,7 +1,7 @@
 """Cyto-SSL on MONAI: self-supervised pretraining, slide classification and inference for cytology slides.
 
 The package mirrors MONAI's own layout (``data``, ``transforms``, ``networks``, ``losses``, ``engines``, ``handlers``,
-``metrics``, ``index``, ``inference``, ``visualize``), so every class resolves in a bundle configuration by its dotted path.
+``metrics``, ``index``, ``inference``, ``visualize``), so whoever knows MONAI knows where to look.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cytossl_monai
-from cytossl_monai.networks.files import load_encoder
-from cytossl_monai.networks.mil.checkpoint import load_classifier
-from cytossl_monai.utils.errors import InputError
+from cytossl_monai.networks import load_classifier, load_encoder
+from cytossl_monai.utils import InputError
 from cytossl_monai.utils.files import atomic_path, sha256_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]

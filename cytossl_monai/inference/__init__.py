@@ -1,1 +1,16 @@
-"""A slide to a report: tiles, features, bag, prediction, evidence; one file a station."""
+"""A slide to a report: tiles, features, bag, prediction, evidence; one file a station.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+"""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

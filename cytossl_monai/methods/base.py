@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cytossl_monai.methods.batchnorm import synchronise_batchnorm
-from cytossl_monai.methods.momentum import follow, make_teacher, set_teacher_mode
+from cytossl_monai.methods.parts.batchnorm import synchronise_batchnorm
+from cytossl_monai.methods.parts.momentum import follow, make_teacher, set_teacher_mode
 
 __all__ = ["SSLMethod", "Views", "require_tokens", "token_width"]
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from cytossl_monai.losses.dino import DINOLoss, TeacherTarget, entropy
 from cytossl_monai.methods.base import SSLMethod, Views
-from cytossl_monai.methods.heads import DINOHead
-from cytossl_monai.methods.schedules import cosine, linear_warmup
+from cytossl_monai.methods.parts.heads import DINOHead
+from cytossl_monai.methods.parts.schedules import cosine, linear_warmup
 
 __all__ = ["DINO"]
 

@@ -9,9 +9,9 @@ from cytossl_monai.losses.dino import DINOLoss, TeacherTarget, entropy
 from cytossl_monai.losses.ibot import IBOTPatchLoss
 from cytossl_monai.losses.koleo import KoLeoLoss
 from cytossl_monai.methods.base import SSLMethod, Views, require_tokens, token_width
-from cytossl_monai.methods.heads import DINOHead
-from cytossl_monai.methods.masking import SampleCounter, block_masks
-from cytossl_monai.methods.schedules import cosine, linear_warmup
+from cytossl_monai.methods.parts.heads import DINOHead
+from cytossl_monai.methods.parts.masking import SampleCounter, block_masks
+from cytossl_monai.methods.parts.schedules import cosine, linear_warmup
 
 __all__ = ["IBOT"]
 

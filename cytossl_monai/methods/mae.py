@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from cytossl_monai.losses.mae import MaskedPixelLoss, patchify
 from cytossl_monai.methods.base import SSLMethod, Views, require_tokens, token_width
-from cytossl_monai.methods.mae_decoder import MAEDecoder
-from cytossl_monai.methods.masking import SampleCounter, kept_patches
+from cytossl_monai.methods.parts.mae_decoder import MAEDecoder
+from cytossl_monai.methods.parts.masking import SampleCounter, kept_patches
 
 __all__ = ["MAE"]
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from cytossl_monai.losses.info_nce import InfoNCELoss
 from cytossl_monai.methods.base import SSLMethod, Views
-from cytossl_monai.methods.heads import mlp_head
-from cytossl_monai.methods.schedules import cosine
+from cytossl_monai.methods.parts.heads import mlp_head
+from cytossl_monai.methods.parts.schedules import cosine
 
 __all__ = ["MoCoV3", "freeze_patch_projection"]
 

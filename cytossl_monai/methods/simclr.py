@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cytossl_monai.losses.nt_xent import NTXentLoss
 from cytossl_monai.methods.base import SSLMethod, Views
-from cytossl_monai.methods.heads import mlp_head
+from cytossl_monai.methods.parts.heads import mlp_head
 
 __all__ = ["SimCLR"]
 

@@ -14,7 +14,7 @@ from monai.networks.nets import ViT
 from torch import Tensor, nn
 
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.networks.weights import _grid_of, _read, _unwrap, load_vit_weights
+from cytossl_monai.networks.weights import grid_of, load_vit_weights, read_state, unwrap_state
 from cytossl_monai.utils.errors import CheckpointError
 
 __all__ = ["to_sr_transformer"]
@@ -76,7 +76,7 @@ def _arguments_of_monai(model: ViT) -> dict[str, Any]:
     if kernel is None or len(kernel) != 2:
         raise ValueError("to_sr_transformer takes a MONAI ViT with spatial_dims=2 and proj_type='conv'.")
     cells = embedding.position_embeddings.shape[1]
-    grid = _grid_of(cells, None, "The ViT's position embedding")
+    grid = grid_of(cells, None, "The ViT's position embedding")
     head = getattr(model, "classification_head", None)
     linear = head[0] if isinstance(head, nn.Sequential) else head
     return {
@@ -128,10 +128,12 @@ def to_sr_transformer(
     """
     state: Mapping[str, Any]
     if isinstance(model, Mapping | str | os.PathLike):
-        where, state = _read(model)
+        where, state = read_state(model)
         size = arguments.get("img_size")
         try:
-            implied = _arguments_of_state(_unwrap(state)[0], num_heads, (size, size) if isinstance(size, int) else size)
+            implied = _arguments_of_state(
+                unwrap_state(state)[0], num_heads, (size, size) if isinstance(size, int) else size
+            )
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
     elif isinstance(model, ViT):

@@ -17,7 +17,7 @@ from cytossl_monai.networks.blocks.patch_embedding import resize_position_embedd
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.utils.errors import CheckpointError
 
-__all__ = ["LoadReport", "convert_state_dict", "load_vit_weights"]
+__all__ = ["LoadReport", "convert_state_dict", "grid_of", "load_vit_weights", "read_state", "unwrap_state"]
 
 # Where training code keeps the encoder inside its checkpoint, best first.
 _CONTAINERS = ("teacher", "model", "state_dict", "student", "model_state_dict")
@@ -63,7 +63,7 @@ _RENAME = (
 )
 
 
-def _unwrap(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+def unwrap_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """The encoder inside a checkpoint.
 
     Returns:
@@ -89,7 +89,7 @@ def _unwrap(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
         origin = {name.removeprefix(prefix): file_name for name, file_name in origin.items()}
 
 
-def _grid_of(count: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
+def grid_of(count: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
     if grid is not None:
         if grid[0] * grid[1] != count:
             raise CheckpointError(f"{name} has {count} positions, which is not the grid {grid[0]} x {grid[1]}.")
@@ -120,7 +120,7 @@ def convert_state_dict(
     Raises:
         CheckpointError: where position embeddings fit no grid, or the depth or the parts of the blocks differ.
     """
-    tensors, origin, beside = _unwrap(state)
+    tensors, origin, beside = unwrap_state(state)
     report = LoadReport(unused=beside)
     out: dict[str, Tensor] = {}
     file_name: dict[str, str] = {}
@@ -151,7 +151,7 @@ def convert_state_dict(
         out[table] = position[:, extra:]
         file_name[table] = file_name["pos_embed"]
     if table in out and out[table].shape[1] != target.shape[1]:
-        old, new_grid = _grid_of(out[table].shape[1], grid, "pos_embed"), network.patch_embedding.grid
+        old, new_grid = grid_of(out[table].shape[1], grid, "pos_embed"), network.patch_embedding.grid
         out[table] = resize_position_embeddings(out[table], old, new_grid)
         report.changed.append(f"position embeddings resized from {old[0]} x {old[1]} to {new_grid[0]} x {new_grid[1]}")
     own = network.state_dict()
@@ -200,7 +200,7 @@ def load_vit_weights(
     Raises:
         CheckpointError: where the file is unreadable, of another width, patch or depth, or holds no ViT.
     """
-    where, state = _read(weights)
+    where, state = read_state(weights)
     try:
         fitting, report = convert_state_dict(state, network, grid)
     except CheckpointError as error:
@@ -218,7 +218,7 @@ def load_vit_weights(
     return report
 
 
-def _read(weights: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def read_state(weights: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """How to call the weights in a message, and what they hold."""
     if isinstance(weights, Mapping):
         return "the state dict", weights

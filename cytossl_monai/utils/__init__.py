@@ -1,1 +1,16 @@
-"""Small tools that every other part stands on: errors, atomic files, run reports, worker processes."""
+"""Small tools that every other part stands on: errors, atomic files, run reports, worker processes.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+"""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

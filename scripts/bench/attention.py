@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor, nn
 
+from cytossl_monai.networks import SRTransformer
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
-from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 WIDTH, HEADS = 384, 6
 RPE = {"method": "product", "mode": "contextual", "on": "k"}

@@ -30,10 +30,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from cytossl_monai.data.bags.features import read_features
-from cytossl_monai.data.slide_table import read_slide_table
-from cytossl_monai.data.tiles.index_file import TileIndex
-from cytossl_monai.inference.classify import SlideClassifier
+from cytossl_monai.data import TileIndex, read_features, read_slide_table
+from cytossl_monai.inference import SlideClassifier
 
 CONFIG = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_inference" / "configs" / "inference.json"
 LESIONS = ("ascus", "asch", "lsil", "hsil", "scc", "agc")

@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 from measured_run import measured_run
 
-from cytossl_monai.data.slides.open import open_slide
-from cytossl_monai.data.slides.slide import Slide
-from cytossl_monai.data.tiles.index_file import TileIndex
-from cytossl_monai.transforms.nuclei.instances import segment_instances
+from cytossl_monai.data import Slide, TileIndex, open_slide
+from cytossl_monai.transforms import segment_instances
 
 CONFIG = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_pretrain" / "configs" / "index.json"
 

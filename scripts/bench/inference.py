@@ -20,13 +20,9 @@ import numpy as np
 import torch
 from measured_run import measured_run
 
-from cytossl_monai.data.slides.open import open_slide
-from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.data import TileIndex, open_slide
 from cytossl_monai.inference.embed import EmbedTimes, embed_tiles
-from cytossl_monai.networks.files import load_encoder, save_encoder
-from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import save_classifier
-from cytossl_monai.networks.mil.classifier import MILClassifier
+from cytossl_monai.networks import ABMIL, MILClassifier, load_encoder, save_classifier, save_encoder
 from cytossl_monai.networks.nets import sr_transformer
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 

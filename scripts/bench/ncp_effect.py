@@ -33,15 +33,12 @@ from torch import Tensor, nn
 
 from cytossl_monai.data.synthetic.cells import LESION_CLASSES
 from cytossl_monai.data.synthetic.slides import SyntheticSettings, make_slide
-from cytossl_monai.methods.moco_v3 import MoCoV3
-from cytossl_monai.metrics.bootstrap import bootstrap_intervals
-from cytossl_monai.networks.nets.encoder import Encoder
-from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
-from cytossl_monai.transforms.ncp.batched import BatchedNCP
+from cytossl_monai.methods import MoCoV3
+from cytossl_monai.metrics import bootstrap_intervals
+from cytossl_monai.networks import Encoder, sr_vit_tiny
+from cytossl_monai.transforms import BatchedNCP, ViewGenerator, nuclei_mask
 from cytossl_monai.transforms.ncp.plate import glass_colour
-from cytossl_monai.transforms.nuclei.mask import nuclei_mask
 from cytossl_monai.transforms.nuclei.table import foreground
-from cytossl_monai.transforms.views.generator import ViewGenerator
 
 MPP = 0.5
 TILE, VIEW = 128, 96

@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cytossl_monai.data.synthetic.slides import SyntheticSettings, make_slide
-from cytossl_monai.transforms.ncp.batched import BatchedNCP
-from cytossl_monai.transforms.nuclei.mask import nuclei_mask
+from cytossl_monai.transforms import BatchedNCP, nuclei_mask
 
 
 def six_views(tile: Tensor, mask: Tensor, mpp: float, ops: str, seed: int, donor: Tensor) -> Tensor:

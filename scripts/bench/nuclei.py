@@ -33,12 +33,11 @@ from skimage.measure import label, regionprops_table
 from skimage.segmentation import find_boundaries
 from skimage.transform import resize
 
-from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.data import open_slide
 from cytossl_monai.metrics.nuclei import ObjectScore, mask_dice, object_f1, point_recall
+from cytossl_monai.transforms import nuclei_mask, segment_instances
 from cytossl_monai.transforms.kernels.stains import STAINS, combine_stains, od_to_rgb, rgb_to_od, separate_stains
-from cytossl_monai.transforms.nuclei.instances import segment_instances
-from cytossl_monai.transforms.nuclei.mask import nuclei_mask
-from cytossl_monai.utils.parallel import run_parallel
+from cytossl_monai.utils import run_parallel
 
 MPP = {"nuclei_lbc": 0.90, "nuclei": 0.36, "cric": 0.25, "cells": 0.25}
 LESIONS = ("ascus", "asch", "lsil", "hsil", "scc")

@@ -19,13 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.methods.base import SSLMethod
-from cytossl_monai.methods.byol import BYOL
-from cytossl_monai.methods.dino import DINO
-from cytossl_monai.methods.ibot import IBOT
-from cytossl_monai.methods.mae import MAE
-from cytossl_monai.methods.moco_v3 import MoCoV3
-from cytossl_monai.methods.simclr import SimCLR
+from cytossl_monai.methods import BYOL, DINO, IBOT, MAE, MoCoV3, SimCLR, SSLMethod
 from cytossl_monai.networks.nets import encoders, sr_transformer
 
 METHODS: dict[str, Callable[..., SSLMethod]] = {

@@ -43,11 +43,13 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from cytossl_monai.transforms.ncp.batched import BatchedNCP
-from cytossl_monai.transforms.ncp.dictionary import RandNucleiCenteredPerturbd
-from cytossl_monai.transforms.nuclei.dictionary import SegmentNucleid
-from cytossl_monai.transforms.views.dictionary import RandStainJitterd
-from cytossl_monai.transforms.views.generator import ViewGenerator
+from cytossl_monai.transforms import (
+    BatchedNCP,
+    RandNucleiCenteredPerturbd,
+    RandStainJitterd,
+    SegmentNucleid,
+    ViewGenerator,
+)
 
 MPP = 0.5
 GLOBAL, LOCAL, N_LOCAL = 224, 96, 6

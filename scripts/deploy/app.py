@@ -27,8 +27,7 @@ from cytossl_monai.data.slides.slide import BACKENDS
 from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagOperator
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
-from cytossl_monai.utils.errors import InputError
-from cytossl_monai.utils.report import RunReport
+from cytossl_monai.utils import InputError, RunReport
 
 # cuCIM 26.10 crashes inside the SDK's runtime, Holoscan 4.6 (segmentation fault in its batched reads): take OpenSlide.
 BACKENDS.pop("cucim", None)

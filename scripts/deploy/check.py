@@ -19,14 +19,9 @@ import torch
 from dicom_slide import write_dicom_slide
 from monai.bundle import ckpt_export
 
-from cytossl_monai.data.slides.write import write_pyramid
-from cytossl_monai.data.synthetic.slides import make_slides
-from cytossl_monai.networks.files import save_encoder
-from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import save_classifier
-from cytossl_monai.networks.mil.classifier import MILClassifier
+from cytossl_monai.data import make_slides, write_pyramid
+from cytossl_monai.networks import ABMIL, MILClassifier, save_classifier, save_encoder, sr_vit_tiny
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
-from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 1536

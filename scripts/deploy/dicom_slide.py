@@ -12,7 +12,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, VLWholeSlideMicroscopyImageStorage, generate_uid
 
-from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.data import open_slide
 
 TILE = 256
 

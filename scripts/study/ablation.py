@@ -17,7 +17,7 @@ import yaml
 
 from cytossl_monai.engines.study.ablation import ARMS, AblationStudy, read_study
 from cytossl_monai.engines.study.table import markdown_table, write_table
-from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

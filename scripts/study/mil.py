@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cytossl_monai.data.slide_table import read_slide_table
+from cytossl_monai.data import read_slide_table
 from cytossl_monai.engines.mil.cross_validate import CrossValidation, cross_validate
+from cytossl_monai.metrics import classification_metrics
 from cytossl_monai.metrics.bootstrap import Interval, bootstrap_metric
-from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.utils.files import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from cytossl_monai.engines.study.representation import encode, labelled_task, probe
-from cytossl_monai.networks.files import build_encoder, load_encoder
-from cytossl_monai.transforms.nuclei.instances import segment_instances
+from cytossl_monai.networks import build_encoder, load_encoder
+from cytossl_monai.transforms import segment_instances
 from cytossl_monai.utils.files import write_text
 
 SOURCE_MPP = 0.25

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cytossl_monai.data.tiles.sampler import SSLBatchSampler, TileStream, group_quotas
 from cytossl_monai.utils.seeding import derive_seed, derive_seeds

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from cytossl_monai.data.slides.resample.resample import axis_weights
 from PIL import Image
 
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.pool import SlidePool
 from cytossl_monai.data.slides.readers.base import level_downsamples
+from cytossl_monai.data.slides.resample import axis_weights
 from cytossl_monai.data.slides.slide import Slide, glass_colour
 from cytossl_monai.utils.errors import SlideError
 

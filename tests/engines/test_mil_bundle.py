@@ -168,7 +168,9 @@ def test_cross_validation_is_honest_and_resumable(trained, configs, tmp_path, mo
 
     runs = []
     original = run_training
-    monkeypatch.setattr("cytossl_monai.engines.bundle.run_training", lambda *a: runs.append(1) or original(*a))
+    monkeypatch.setattr(
+        "cytossl_monai.engines.mil.cross_validate.run_training", lambda *a: runs.append(1) or original(*a)
+    )
     second = run()
     assert not runs
     np.testing.assert_array_equal(first.probabilities, second.probabilities)

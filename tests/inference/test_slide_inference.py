@@ -17,8 +17,7 @@ from cytossl_monai.data.bags.features import read_features, write_features
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.write import write_pyramid
 from cytossl_monai.data.tiles.index_file import TileIndex
-from cytossl_monai.inference import embed as embedder
-from cytossl_monai.inference import evidence
+from cytossl_monai.inference import embed as embedder, evidence
 from cytossl_monai.inference.evidence import EVIDENCE
 from cytossl_monai.networks.files import load_encoder, save_encoder
 from cytossl_monai.networks.mil.checkpoint import load_classifier

@@ -10,8 +10,7 @@ from gloo_pair import run_pair
 
 from cytossl_monai.losses.gather import all_reduce_sum, gather
 from cytossl_monai.losses.info_nce import InfoNCELoss
-from cytossl_monai.utils.distributed import rank as process_rank
-from cytossl_monai.utils.distributed import world_size
+from cytossl_monai.utils.distributed import rank as process_rank, world_size
 
 
 def rows(seed: int) -> torch.Tensor:

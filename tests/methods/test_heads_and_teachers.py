@@ -10,10 +10,10 @@ import torch
 from tiny_encoders import TinyConv
 from torch import nn
 
-from cytossl_monai.methods.batchnorm import GatherBatchNorm, synchronise_batchnorm
-from cytossl_monai.methods.heads import DINOHead, UnitLinear, mlp_head
-from cytossl_monai.methods.momentum import follow, make_teacher, set_teacher_mode
-from cytossl_monai.methods.schedules import cosine, linear_warmup
+from cytossl_monai.methods.parts.batchnorm import GatherBatchNorm, synchronise_batchnorm
+from cytossl_monai.methods.parts.heads import DINOHead, UnitLinear, mlp_head
+from cytossl_monai.methods.parts.momentum import follow, make_teacher, set_teacher_mode
+from cytossl_monai.methods.parts.schedules import cosine, linear_warmup
 
 
 def test_mlp_head_has_the_published_layers() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytossl_monai.methods.masking import SampleCounter, block_mask, block_masks, kept_patches, sample_rng
+from cytossl_monai.methods.parts.masking import SampleCounter, block_mask, block_masks, kept_patches, sample_rng
 
 CPU = torch.device("cpu")
 

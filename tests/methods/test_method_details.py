@@ -12,7 +12,7 @@ from small_methods import small_method
 from tiny_encoders import TinyConv, TinyViT, coloured_views
 
 from cytossl_monai.losses.mae import patchify
-from cytossl_monai.methods.mae_decoder import sincos_positions
+from cytossl_monai.methods.parts.mae_decoder import sincos_positions
 
 
 def test_simclr_normalises_both_views_together() -> None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cytossl_monai.losses.koleo import KoLeoLoss
 from cytossl_monai.losses.nt_xent import NTXentLoss
 from cytossl_monai.losses.sinkhorn import sinkhorn_knopp
-from cytossl_monai.methods.batchnorm import GatherBatchNorm
+from cytossl_monai.methods.parts.batchnorm import GatherBatchNorm
 
 STEPS = {"vit": 20, "conv": 5}
 CASES = [(name, "vit") for name in SMALL] + [(name, "conv") for name in SMALL if name not in NEEDS_TOKENS]

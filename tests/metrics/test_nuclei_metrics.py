@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.metrics import f1_score, jaccard_score
 
 from cytossl_monai.metrics.nuclei import ObjectScore, label_overlaps, mask_dice, object_f1, point_recall

@@ -14,7 +14,7 @@ from scipy import ndimage
 from skimage.filters import gaussian
 from skimage.segmentation import expand_labels
 
-from cytossl_monai.transforms.nuclei.array import array as nuclei
+from cytossl_monai.transforms.nuclei import instances as nuclei
 from cytossl_monai.transforms.nuclei.backend import CPU, ArrayBackend, array_backend
 
 

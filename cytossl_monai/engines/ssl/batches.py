@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = []
+__all__ = ["cut_views", "join_views"]
 
 
-def _concatenate(drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def join_views(drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join groups of views along the batch."""
     joined: dict[str, Any] = {}
     for key, value in drawn[0].items():
@@ -24,7 +24,7 @@ def _concatenate(drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _cut(views: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
+def cut_views(views: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
     """Cut views along the batch into pieces of the same size, as the mean over pieces needs.
 
     Raises:

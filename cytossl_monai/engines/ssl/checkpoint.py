@@ -8,18 +8,16 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from cytossl_monai.engines.ssl.protocol import SSLRun
 from cytossl_monai.engines.ssl.sharding import full_state, load_full_state, name_of
 from cytossl_monai.utils.distributed import is_main, world_size
 from cytossl_monai.utils.errors import CheckpointError
 from cytossl_monai.utils.files import atomic_path
-
-if TYPE_CHECKING:
-    from cytossl_monai.engines.ssl.trainer import SSLTrainer
 
 __all__ = ["find_checkpoints", "load_checkpoint", "read_checkpoint", "save_checkpoint", "step_of"]
 
@@ -28,7 +26,7 @@ FORMAT, VERSION = "cytossl-train", 1
 _NAME = re.compile(r"step_(\d+)\.pt$")
 
 
-def save_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> Path:
+def save_checkpoint(trainer: SSLRun, path: str | os.PathLike[str]) -> Path:
     """Write everything that a run needs to go on, atomically. Call it in all processes; the first one writes.
 
     Random states are not part of it: every step seeds its own from (seed, step, process).
@@ -86,7 +84,7 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
     return dict(content)
 
 
-def load_checkpoint(trainer: SSLTrainer, path: str | os.PathLike[str]) -> int:
+def load_checkpoint(trainer: SSLRun, path: str | os.PathLike[str]) -> int:
     """Put a trainer where a checkpoint was written.
 
     Args:
@@ -142,7 +140,7 @@ def _check_fits(method: nn.Module, content: Mapping[str, Any], path: Path) -> No
     )
 
 
-def _warn_if_changed(trainer: SSLTrainer, content: Mapping[str, Any]) -> None:
+def _warn_if_changed(trainer: SSLRun, content: Mapping[str, Any]) -> None:
     """Say in words why a resumed run will not repeat the uninterrupted one."""
     before, now = content["data"], trainer.data_fingerprint()
     changed = [name for name in now if name in before and before[name] != now[name]]

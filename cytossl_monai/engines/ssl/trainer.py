@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from cytossl_monai.data.tiles.dataset import batch_to
 from cytossl_monai.engines.ssl.accumulation import encode_in_pieces
-from cytossl_monai.engines.ssl.batches import _concatenate, _cut
+from cytossl_monai.engines.ssl.batches import cut_views, join_views
 from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, load_checkpoint
 from cytossl_monai.engines.ssl.optim import set_hyperparameters
 from cytossl_monai.engines.ssl.protocol import Stateful
@@ -50,7 +50,7 @@ class SSLTrainer(Trainer):
     draws the same ones as a run of several whose batches are of that size.
 
     *Accumulation.* ``accumulation="exact"``: the encoder runs in pieces and is run again backward, heads and loss see
-    the whole batch: the large batch's gradient, for any method (``engines/ssl/accumulation.py``). ``"sum"``: the mean of
+    the whole batch: the large batch's gradient, for any method (see ``accumulation.py``). ``"sum"``: the mean of
     the small batches' gradients, a forward pass cheaper; equal to the large batch's only where the loss is a mean over
     samples that do not see each other (MAE); a contrastive loss then has fewer negatives.
 
@@ -265,7 +265,7 @@ class SSLTrainer(Trainer):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, _VIEWS, step, rank() * groups + group))
             part = slice(group * size, (group + 1) * size)
             drawn.append(self.views(images[part], mpp[part], generator=generator))
-        views = dict(drawn[0]) if groups == 1 else _concatenate(drawn)
+        views = dict(drawn[0]) if groups == 1 else join_views(drawn)
         if self.channels_last:
             for key in ("global", "local"):
                 views[key] = [v.contiguous(memory_format=torch.channels_last) for v in views.get(key, [])]
@@ -274,7 +274,7 @@ class SSLTrainer(Trainer):
     def _forward_backward(self, views: Mapping[str, Any]) -> dict[str, Any]:
         """Loss and gradients of a batch, in one piece or as the mean over several."""
         outputs = []
-        parts = [views] if self.pieces == 1 else _cut(views, self.pieces)
+        parts = [views] if self.pieces == 1 else cut_views(views, self.pieces)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._no_sync() if not last else contextlib.nullcontext():

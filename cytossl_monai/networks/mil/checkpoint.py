@@ -20,7 +20,7 @@ __all__ = ["FORMAT", "build_network", "bundle_network", "load_classifier", "requ
 
 FORMAT = "cytossl-mil"
 VERSION = 1
-_PACKAGE = "cytossl_monai.networks.mil."
+_PACKAGE = "cytossl_monai.networks."
 
 
 def build_network(config: Mapping[str, Any]) -> MILModel:

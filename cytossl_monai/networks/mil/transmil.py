@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cytossl_monai.networks.blocks.nystrom import NystromAttention
 from cytossl_monai.networks.mil.base import MILModel, MILOutput
-from cytossl_monai.networks.mil.nystrom import NystromAttention
 
 __all__ = ["PPEG", "TransMIL"]
 

@@ -87,6 +87,11 @@ class Encoder(nn.Module):
             raise ValueError(f"{type(self.network).__name__} gives no patch tokens: use an SRTransformer (any sr_vit).")
         return self.network
 
+    @property
+    def hash(self) -> str:
+        """See `encoder_hash`."""
+        return encoder_hash(self)
+
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in this module's stead (``ckpt_export`` calls it)."""
         from cytossl_monai.networks.nets.export import ScriptableEncoder

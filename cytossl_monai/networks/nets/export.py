@@ -3,15 +3,12 @@
 # No `from __future__ import annotations` here: TorchScript must be able to read the annotations.
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-
-if TYPE_CHECKING:
-    from cytossl_monai.networks.nets.encoder import Encoder
 
 __all__ = ["ScriptableEncoder"]
 
@@ -33,9 +30,7 @@ class ScriptableEncoder(nn.Module):
             would keep the number of the tile that it was made with.
     """
 
-    def __init__(self, encoder: "Encoder") -> None:
-        from cytossl_monai.networks.nets.encoder import encoder_hash
-
+    def __init__(self, encoder: Any) -> None:
         super().__init__()
         network = encoder.network
         if isinstance(network, SRTransformer) and network.drop_background is not None:
@@ -48,7 +43,7 @@ class ScriptableEncoder(nn.Module):
             grid, patch = network.patch_embedding.grid, network.patch_embedding.patch_size
             self.height, self.width = int(grid[0] * patch[0]), int(grid[1] * patch[1])
         self.channels = int(encoder.mean.shape[1])
-        self.encoder_hash: str = encoder_hash(encoder)
+        self.encoder_hash: str = encoder.hash
         encoder.eval()
         example = torch.rand(2, self.channels, self.height, self.width, device=encoder.mean.device)
         with torch.no_grad(), warnings.catch_warnings():
@@ -71,7 +66,7 @@ class ScriptableEncoder(nn.Module):
 class _Plain(nn.Module):
     """The same encoder without its properties for patches, which a network without patches refuses to the tracer."""
 
-    def __init__(self, encoder: "Encoder") -> None:
+    def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.network = encoder.network
         self.mean: Tensor

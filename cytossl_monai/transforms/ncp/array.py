@@ -31,7 +31,7 @@ def _plain(data: NdarrayOrTensor) -> Tensor:
     return tensor.detach()
 
 
-def _perturb_one(
+def perturb_one(
     img: NdarrayOrTensor,
     mask: NdarrayOrTensor,
     mpp: float | None,
@@ -127,7 +127,7 @@ class NucleiCenteredPerturb(Transform):
             ValueError: for inputs that do not fit; the message names which.
         """
         scale = self.mpp if mpp is None else mpp
-        return _perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
+        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
 
 
 class RandNucleiCenteredPerturb(RandomizableTransform):
@@ -200,4 +200,4 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
         if randomize:
             self.randomize()
         scale = self.mpp if mpp is None else mpp
-        return _perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
+        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)

@@ -13,7 +13,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.transforms.lazy.functional import apply_pending
 from monai.utils import TransformBackends
 
-from cytossl_monai.transforms.ncp.array import NucleiCenteredPerturb, RandNucleiCenteredPerturb, _perturb_one
+from cytossl_monai.transforms.ncp.array import NucleiCenteredPerturb, RandNucleiCenteredPerturb, perturb_one
 
 __all__ = [
     "NucleiCenteredPerturbD",
@@ -63,7 +63,7 @@ class _PerturbDict(MapTransform):
         names = (self.mask_key, str(self.donor_key), str(self.donor_mask_key))
         for key in self.key_iterator(d):
             image = self._needed(d, str(key))
-            d[key] = _perturb_one(
+            d[key] = perturb_one(
                 image, mask, mpp, self.perturb.seed, self.perturb.settings, donor, donor_mask, (str(key), *names)
             )
         return d

@@ -4,16 +4,15 @@ import math
 from types import SimpleNamespace
 
 import torch
-from monai.networks.nets import MILModel as MONAIMILModel
-from monai.networks.nets import milmodel as monai_milmodel
+from monai.networks.nets import MILModel as MONAIMILModel, milmodel as monai_milmodel
 from torch import nn
 
+from cytossl_monai.networks.blocks.nystrom import NystromAttention, iterative_pinv
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.clam import CLAM, smooth_top1_svm
 from cytossl_monai.networks.mil.dsmil import DSMIL
 from cytossl_monai.networks.mil.dtfd import DTFDMIL
 from cytossl_monai.networks.mil.monai_heads import MONAIHead, MONAIPyramidHead
-from cytossl_monai.networks.mil.nystrom import NystromAttention, iterative_pinv
 from cytossl_monai.networks.mil.pooling import MaxMIL, MeanMIL
 
 

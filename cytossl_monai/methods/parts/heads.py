@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytossl_monai.methods.batchnorm import GatherBatchNorm
+from cytossl_monai.methods.parts.batchnorm import GatherBatchNorm
 
 __all__ = ["DINOHead", "UnitLinear", "mlp_head"]
 

@@ -1,0 +1,57 @@
+from .bags.dataset import BagDataset as BagDataset, collate_bags as collate_bags
+from .bags.features import read_features as read_features, write_features as write_features
+from .bags.items import bag_encoder as bag_encoder, bag_items as bag_items
+from .bags.sampler import BagBatchSampler as BagBatchSampler
+from .bags.splits import assign_folds as assign_folds, split_items as split_items
+from .bags.transforms import (
+    LoadBagd as LoadBagd,
+    RandTileDropoutd as RandTileDropoutd,
+    RandTileSampled as RandTileSampled,
+)
+from .slide_table import (
+    SlideRecord as SlideRecord,
+    read_slide_table as read_slide_table,
+    write_slide_table as write_slide_table,
+)
+from .slides.open import open_slide as open_slide
+from .slides.pool import SlidePool as SlidePool
+from .slides.slide import Slide as Slide
+from .slides.write import write_pyramid as write_pyramid
+from .synthetic.slides import make_slides as make_slides
+from .tiles.dataset import MixedDataset as MixedDataset, TileDataset as TileDataset
+from .tiles.images import ImageFolder as ImageFolder, list_images as list_images
+from .tiles.index_file import TileIndex as TileIndex
+from .tiles.labelled import LabelledImages as LabelledImages
+from .tiles.loader import tile_loader as tile_loader
+from .tiles.sampler import SSLBatchSampler as SSLBatchSampler
+
+__all__ = [
+    "BagBatchSampler",
+    "BagDataset",
+    "ImageFolder",
+    "LabelledImages",
+    "LoadBagd",
+    "MixedDataset",
+    "RandTileDropoutd",
+    "RandTileSampled",
+    "SSLBatchSampler",
+    "Slide",
+    "SlidePool",
+    "SlideRecord",
+    "TileDataset",
+    "TileIndex",
+    "assign_folds",
+    "bag_encoder",
+    "bag_items",
+    "collate_bags",
+    "list_images",
+    "make_slides",
+    "open_slide",
+    "read_features",
+    "read_slide_table",
+    "split_items",
+    "tile_loader",
+    "write_features",
+    "write_pyramid",
+    "write_slide_table",
+]

@@ -1,0 +1,9 @@
+from .base import SSLMethod as SSLMethod
+from .byol import BYOL as BYOL
+from .dino import DINO as DINO
+from .ibot import IBOT as IBOT
+from .mae import MAE as MAE
+from .moco_v3 import MoCoV3 as MoCoV3
+from .simclr import SimCLR as SimCLR
+
+__all__ = ["BYOL", "DINO", "IBOT", "MAE", "MoCoV3", "SSLMethod", "SimCLR"]

@@ -1,0 +1,61 @@
+from .convert import to_sr_transformer as to_sr_transformer
+from .files import build_encoder as build_encoder, load_encoder as load_encoder, save_encoder as save_encoder
+from .mil.abmil import ABMIL as ABMIL
+from .mil.checkpoint import (
+    bundle_network as bundle_network,
+    load_classifier as load_classifier,
+    require_trained as require_trained,
+    save_classifier as save_classifier,
+)
+from .mil.clam import CLAM as CLAM
+from .mil.classifier import MILClassifier as MILClassifier
+from .mil.dsmil import DSMIL as DSMIL
+from .mil.dtfd import DTFDMIL as DTFDMIL
+from .mil.ensemble import MILEnsemble as MILEnsemble
+from .mil.monai_heads import MONAIHead as MONAIHead, MONAIPyramidHead as MONAIPyramidHead
+from .mil.pooling import MaxMIL as MaxMIL, MeanMIL as MeanMIL
+from .mil.targets import MILLoss as MILLoss, n_outputs as n_outputs
+from .mil.transmil import TransMIL as TransMIL
+from .nets.encoder import Encoder as Encoder
+from .nets.resnet import ResNetFeatures as ResNetFeatures, resnet50 as resnet50
+from .nets.sr_transformer import (
+    SRTransformer as SRTransformer,
+    sr_vit_base as sr_vit_base,
+    sr_vit_small as sr_vit_small,
+    sr_vit_tiny as sr_vit_tiny,
+    vit_small as vit_small,
+)
+from .weights import load_vit_weights as load_vit_weights
+
+__all__ = [
+    "ABMIL",
+    "CLAM",
+    "DSMIL",
+    "DTFDMIL",
+    "Encoder",
+    "MILClassifier",
+    "MILEnsemble",
+    "MILLoss",
+    "MONAIHead",
+    "MONAIPyramidHead",
+    "MaxMIL",
+    "MeanMIL",
+    "ResNetFeatures",
+    "SRTransformer",
+    "TransMIL",
+    "build_encoder",
+    "bundle_network",
+    "load_classifier",
+    "load_encoder",
+    "load_vit_weights",
+    "n_outputs",
+    "require_trained",
+    "resnet50",
+    "save_classifier",
+    "save_encoder",
+    "sr_vit_base",
+    "sr_vit_small",
+    "sr_vit_tiny",
+    "to_sr_transformer",
+    "vit_small",
+]

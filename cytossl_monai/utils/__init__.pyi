@@ -13,6 +13,11 @@ from .errors import (
     TrainingDiverged as TrainingDiverged,
     plain_errors as plain_errors,
 )
+from .locks import (
+    FileLock as FileLock,
+    LockedError as LockedError,
+    folder_lock as folder_lock,
+)
 from .parallel import run_parallel as run_parallel
 from .report import RunReport as RunReport, finish as finish
 from .seeding import seed_all as seed_all
@@ -20,12 +25,15 @@ from .seeding import seed_all as seed_all
 __all__ = [
     "CheckpointError",
     "FeatureError",
+    "FileLock",
     "InputError",
+    "LockedError",
     "RunReport",
     "SlideError",
     "TableError",
     "TrainingDiverged",
     "finish",
+    "folder_lock",
     "init_distributed",
     "plain_errors",
     "rank",

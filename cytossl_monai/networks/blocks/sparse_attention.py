@@ -41,6 +41,7 @@ class SparseAttention(nn.Module):
         has_class_token: whether the first token is a class token.
         has_registers: whether further prefix tokens follow it.
         save_attn: keep the attention of the last forward pass in ``att_mat`` (B, h, L, L), without gradient.
+        qk_norm: epsilon of a layer norm over each head's queries and keys (``q_norm``, ``k_norm``); None: none.
 
     Raises:
         ValueError: for arguments outside what is described.
@@ -60,6 +61,7 @@ class SparseAttention(nn.Module):
         has_class_token: bool = True,
         has_registers: bool = False,
         save_attn: bool = False,
+        qk_norm: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= dropout_rate < 1:
@@ -84,6 +86,8 @@ class SparseAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
         self.drop_output = nn.Dropout(dropout_rate)
+        self.q_norm = None if qk_norm is None else nn.LayerNorm(self.head_dim, eps=qk_norm)
+        self.k_norm = None if qk_norm is None else nn.LayerNorm(self.head_dim, eps=qk_norm)
         config = RPEConfig.parse(rpe)
         self.irpe = None if config is None else IRPE(config, self.head_dim, num_heads, has_class_token, has_registers)
         self.att_mat: Tensor | None = None
@@ -101,17 +105,25 @@ class SparseAttention(nn.Module):
         Raises:
             ValueError: when ``x`` and ``layout`` do not fit.
         """
-        qkv = self.qkv(x)
+        qkv = self._heads(x)
         if layout.packed:
-            out = self._packed(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), layout)
+            out = self._packed(qkv, layout)
         else:
             expected = layout.num_prefix + layout.num_patches
             if x.shape[-2] != expected:
                 raise ValueError(f"{x.shape[-2]} tokens were given, but the layout has {expected}.")
-            out = self._batched(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), layout)
+            out = self._batched(qkv, layout)
         if self.save_attn:
             self._save(qkv.detach(), layout)
         return self.drop_output(self.out_proj(out))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 3, h, d): queries, keys and values, the first two normed where ``qk_norm`` says so."""
+        qkv: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        query, key, value = qkv.unbind(-3)
+        return torch.stack([self.q_norm(query), self.k_norm(key), value], dim=-3)
 
     def _dropout(self) -> float:
         return self.dropout_rate if self.training else 0.0
@@ -184,7 +196,6 @@ class SparseAttention(nn.Module):
     @torch.no_grad()
     def _save(self, qkv: Tensor, layout: TokenLayout) -> None:
         """Attention over all pairs, computed apart from the kernel, which does not give it."""
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         settings = (self.irpe, self.sparsity, self.keep_ratio, self.num_salient, self.window)
         if not layout.packed:
             query, key, value = qkv.permute(2, 0, 3, 1, 4)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from monai.networks.blocks.mlp import MLPBlock
 from torch import Tensor, nn
 
+from cytossl_monai.networks.blocks.gated_mlp import make_mlp
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
@@ -66,6 +66,7 @@ class SRBlock(nn.Module):
         drop_path: probability of leaving a branch out in training.
         layer_scale: start of the learned factors, or None for none.
         norm_eps: epsilon of the layer norms.
+        mlp_type: ``gelu``, or a gated MLP, see `GatedMLP`.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class SRBlock(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         norm_eps: float = 1e-5,
+        mlp_type: str = "gelu",
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps)
-        self.mlp = MLPBlock(hidden_size, mlp_dim, dropout_rate)
+        self.mlp = make_mlp(hidden_size, mlp_dim, dropout_rate, mlp_type)
         self.scale1: nn.Module = nn.Identity() if layer_scale is None else LayerScale(hidden_size, layer_scale)
         self.scale2: nn.Module = nn.Identity() if layer_scale is None else LayerScale(hidden_size, layer_scale)
         self.drop_path = DropPath(drop_path)

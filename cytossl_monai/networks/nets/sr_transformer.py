@@ -74,6 +74,9 @@ class SRTransformer(nn.Module):
         class_token: whether there is a class token; None: as ``classification`` says (MONAI's way).
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
         norm_eps: epsilon of the layer norms (MONAI 1e-5, timm and DINO 1e-6).
+        mlp_type: ``gelu`` (two layers) or a gated MLP: ``swiglu`` (DINOv2, timm), ``swiglu_last``, ``geglu``, ``glu``;
+            ``mlp_dim`` is then the width of each half.
+        qk_norm: layer norms over each head's queries and keys.
 
     Raises:
         ValueError: for arguments outside what is described.
@@ -109,6 +112,8 @@ class SRTransformer(nn.Module):
         class_token: bool | None = None,
         checkpoint_activations: bool = False,
         norm_eps: float = 1e-5,
+        mlp_type: str = "gelu",
+        qk_norm: bool = False,
     ) -> None:
         if num_layers < 1 or num_register_tokens < 0:
             raise ValueError(
@@ -158,6 +163,7 @@ class SRTransformer(nn.Module):
                     has_class_token,
                     num_register_tokens > 0,
                     save_attn,
+                    norm_eps if qk_norm else None,
                 ),
                 hidden_size,
                 mlp_dim,
@@ -165,6 +171,7 @@ class SRTransformer(nn.Module):
                 drop_path_rate * i / max(1, num_layers - 1),
                 layer_scale,
                 norm_eps,
+                mlp_type,
             )
             for i in range(num_layers)
         )

@@ -13,32 +13,39 @@ import torch.nn.functional as F
 from monai.networks.nets import ViT
 from torch import Tensor, nn
 
+from cytossl_monai.networks.blocks.gated_mlp import GATES
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.networks.weights import grid_of, load_vit_weights, read_state, unwrap_state
+from cytossl_monai.networks.weight_files import read_weights
+from cytossl_monai.networks.weights import grid_of, load_vit_weights, rename_weights
 from cytossl_monai.utils.errors import CheckpointError
 
 __all__ = ["to_sr_transformer"]
 
 
+_KNOWN_HEADS = 1024  # up to this width every published ViT, DINO and DINOv2 included, has heads of 64
+
+
 def _arguments_of_state(
-    state: Mapping[str, Tensor], num_heads: int | None, img_size: tuple[int, int] | None = None
+    state: Mapping[str, Tensor],
+    num_heads: int | None,
+    img_size: tuple[int, int] | None = None,
+    mlp_type: str | None = None,
 ) -> dict[str, Any]:
-    """Constructor arguments that a ViT's state dict implies; the image's size is guessed where it is not given."""
-    names = {re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name): value for name, value in state.items()}
-    projection = names.get("patch_embed.proj.weight", names.get("patch_embedding.patch_embeddings.weight"))
-    blocks = {int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
+    """Constructor arguments that a ViT's weights (under our names) imply; the image's size is guessed if not given."""
+    projection = state.get("patch_embedding.patch_embeddings.weight")
+    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     if projection is None or projection.dim() != 4 or not blocks:
         raise CheckpointError(f"holds no 2D ViT (entries such as {sorted(state)[:3]}).")
     width = projection.shape[0]
-    hidden = names.get("blocks.0.mlp.fc1.weight", names.get("blocks.0.mlp.linear1.weight"))
-    back = names.get("blocks.0.mlp.fc2.weight", names.get("blocks.0.mlp.linear2.weight"))
-    if hidden is None or back is None or back.shape != hidden.shape[::-1]:
-        raise CheckpointError("has no plain two-layer MLP (SwiGLU?): it cannot become an SRTransformer.")
-    position = names.get("pos_embed", names.get("patch_embedding.position_embeddings"))
-    registers = names.get("register_tokens", names.get("reg_token"))
+    hidden, back = (state.get(f"blocks.0.mlp.linear{layer}.weight") for layer in (1, 2))
+    if hidden is None or back is None or hidden.shape[0] not in (back.shape[1], 2 * back.shape[1]):
+        raise CheckpointError("has an MLP that is neither two layers nor gated: it cannot become an SRTransformer.")
+    gated = hidden.shape[0] != back.shape[1]
+    position = state.get("pos_embed", state.get("patch_embedding.position_embeddings"))
+    registers = state.get("register_tokens")
     count = 0 if registers is None else registers.shape[1]
     patch = (int(projection.shape[2]), int(projection.shape[3]))
-    has_cls = "cls_token" in names
+    has_cls = "cls_token" in state
     if img_size is None and position is None:
         img_size = (14 * patch[0], 14 * patch[1])
     elif img_size is None:
@@ -49,23 +56,27 @@ def _arguments_of_state(
             raise CheckpointError(f"pos_embed has {position.shape[1]} positions, no square grid: give img_size.")
         img_size = (side * patch[0], side * patch[1])
     if num_heads is None:
-        if width % 64:
-            raise ValueError(f"A state dict does not say its number of heads, and width {width} is no multiple of 64.")
-        num_heads = width // 64  # every published ViT from Tiny to Large, DINO and DINOv2 included
-    scale = names.get("blocks.0.ls1.gamma", names.get("blocks.0.scale1.gamma"))
+        if width % 64 or width > _KNOWN_HEADS:
+            raise ValueError(
+                f"A state dict does not say its number of heads, and at width {width} it cannot be known (ViT-H has 16 "
+                "at 1280, ViT-g 16 or 24): give num_heads, as the model's card does."
+            )
+        num_heads = width // 64
     return {
         "in_channels": int(projection.shape[1]),
         "img_size": img_size,
         "patch_size": patch,
         "hidden_size": width,
-        "mlp_dim": int(hidden.shape[0]),
+        "mlp_dim": int(back.shape[1]),
+        "mlp_type": mlp_type or ("swiglu" if gated else "gelu"),
         "num_layers": len(blocks),
         "num_heads": num_heads,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in names,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "pos_embed_type": "none" if position is None else "learnable",
         "class_token": has_cls,
         "num_register_tokens": count,
-        "layer_scale": None if scale is None else 1.0,
+        "layer_scale": 1.0 if "blocks.0.scale1.gamma" in state else None,
         "norm_eps": 1e-6,
     }
 
@@ -112,11 +123,12 @@ def to_sr_transformer(
 
     Args:
         model: a MONAI `ViT` (2D, square grid), a timm ``VisionTransformer``, or a state dict (or a local file with
-            one) with the names of timm, DINO, DINOv2 or MAE. What a state dict does not say is taken as published for
-            these: GELU, layer norms with an epsilon of 1e-6.
+            or folder with one) with the names of timm, DINO, DINOv2 or MAE. What a state dict does not say is taken as
+            published for these: GELU, or SiLU of the first half in a gated MLP (``mlp_type`` changes it), and layer
+            norms with an epsilon of 1e-6.
         rpe: iRPE, see `SRTransformer`.
         sparsity: see `SRTransformer`.
-        num_heads: only for a state dict, which does not say it; None: width / 64.
+        num_heads: only for a state dict, which does not say it; None: width / 64, up to a width of 1024 (ViT-L).
         arguments: further arguments of `SRTransformer`, over what the ViT implies.
 
     Returns:
@@ -128,12 +140,11 @@ def to_sr_transformer(
     """
     state: Mapping[str, Any]
     if isinstance(model, Mapping | str | os.PathLike):
-        where, state = read_state(model)
+        where, state = read_weights(model)
         size = arguments.get("img_size")
+        size = (size, size) if isinstance(size, int) else size
         try:
-            implied = _arguments_of_state(
-                unwrap_state(state)[0], num_heads, (size, size) if isinstance(size, int) else size
-            )
+            implied = _arguments_of_state(rename_weights(state).tensors, num_heads, size, arguments.get("mlp_type"))
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
     elif isinstance(model, ViT):
@@ -161,21 +172,25 @@ def to_sr_transformer(
 def _from_timm(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A timm VisionTransformer's weights and arguments; refuses variants that compute something else."""
     parts: Any = model
-    attention, norm = parts.blocks[0].attn, parts.norm
+    attention, mlp, norm = parts.blocks[0].attn, parts.blocks[0].mlp, parts.norm
+    qk_norms = [part for part in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if part is not None]
+    qk_norms = [part for part in qk_norms if not isinstance(part, nn.Identity)]
     changed = [
         name
         for name, part in (
-            ("q_norm", getattr(attention, "q_norm", None)),
-            ("k_norm", getattr(attention, "k_norm", None)),
             ("norm_pre", getattr(parts, "norm_pre", None)),
+            ("a norm inside its attention", getattr(attention, "norm", None)),
+            ("a norm inside its MLP", getattr(mlp, "norm", None)),
         )
         if part is not None and not isinstance(part, nn.Identity)
     ]
     if not isinstance(norm, nn.LayerNorm):
         changed.append("no final LayerNorm over its tokens")
-    x = torch.linspace(-3, 3, 31)
-    if not torch.allclose(parts.blocks[0].mlp.act(x), F.gelu(x), atol=1e-6):
-        changed.append(f"the activation {type(parts.blocks[0].mlp.act).__name__}")
+    if any(not isinstance(part, nn.LayerNorm) or part.eps != norm.eps for part in qk_norms) or len(qk_norms) == 1:
+        changed.append("a norm of its queries and keys that is no LayerNorm of the same epsilon")
+    mlp_type = _mlp_type(mlp)
+    if mlp_type is None:
+        changed.append(f"the activation {type(mlp.act).__name__}")
     if changed:
         raise ValueError(f"This VisionTransformer has {', '.join(changed)}: it cannot be converted exactly.")
     state = dict(parts.state_dict())
@@ -183,6 +198,21 @@ def _from_timm(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # The class token has no position here, so that all positions belong to patches.
         state["pos_embed"] = torch.cat([torch.zeros_like(state["cls_token"]), state["pos_embed"]], dim=1)
     (rows, cols), patch = parts.patch_embed.grid_size, parts.patch_embed.patch_size
-    implied = _arguments_of_state(state, int(attention.num_heads), (rows * patch[0], cols * patch[1]))
+    size, tensors = (rows * patch[0], cols * patch[1]), rename_weights(state).tensors
+    implied = _arguments_of_state(tensors, int(attention.num_heads), size, mlp_type)
     implied["norm_eps"] = norm.eps
     return state, implied
+
+
+def _mlp_type(mlp: nn.Module) -> str | None:
+    """What a timm MLP computes, found by its activation's values; None for something else."""
+    x, act = torch.linspace(-3, 3, 31), mlp.act
+    assert callable(act)
+    values = act(x)
+    if not hasattr(mlp, "gate_last") and not hasattr(mlp, "fc1_g"):
+        return "gelu" if torch.allclose(values, F.gelu(x), atol=1e-6) else None
+    gate_first = not getattr(mlp, "gate_last", False)
+    for kind, (function, first) in GATES.items():
+        if first == gate_first and torch.allclose(values, function(x), atol=1e-6):
+            return kind
+    return None

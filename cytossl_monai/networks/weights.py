@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from cytossl_monai.networks.blocks.patch_embedding import resize_position_embeddings
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+from cytossl_monai.networks.weight_files import read_weights
 from cytossl_monai.utils.errors import CheckpointError
 
-__all__ = ["LoadReport", "convert_state_dict", "grid_of", "load_vit_weights", "read_state", "unwrap_state"]
+__all__ = ["LoadReport", "NamedWeights", "convert_state_dict", "grid_of", "load_vit_weights", "rename_weights"]
 
 # Where training code keeps the encoder inside its checkpoint, best first.
 _CONTAINERS = ("teacher", "model", "state_dict", "student", "model_state_dict")
@@ -58,12 +58,66 @@ _RENAME = (
     (re.compile(r"^blocks\.(\d+)\.attn\.proj\."), r"blocks.\1.attn.out_proj."),
     (re.compile(r"^blocks\.(\d+)\.mlp\.fc1\."), r"blocks.\1.mlp.linear1."),
     (re.compile(r"^blocks\.(\d+)\.mlp\.fc2\."), r"blocks.\1.mlp.linear2."),
+    # DINOv2's fused SwiGLU.
+    (re.compile(r"^blocks\.(\d+)\.mlp\.w12\."), r"blocks.\1.mlp.linear1."),
+    (re.compile(r"^blocks\.(\d+)\.mlp\.w3\."), r"blocks.\1.mlp.linear2."),
     (re.compile(r"^blocks\.(\d+)\.ls([12])\.gamma$"), r"blocks.\1.scale\2.gamma"),
-    (re.compile(r"^(reg_token)$"), "register_tokens"),
+    (re.compile(r"^blocks\.(\d+)\.gamma_([12])$"), r"blocks.\1.scale\2.gamma"),
+    (re.compile(r"^(reg_token|storage_tokens)$"), "register_tokens"),
 )
 
 
-def unwrap_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+_GATES = (("fc1_g", "fc1_x"), ("gate_proj", "up_proj"), ("w1", "w2"))
+"""Names of a gated MLP's two first layers where a file keeps them apart, the gate first."""
+
+
+@dataclass
+class NamedWeights:
+    """A state dict under this package's names.
+
+    Attributes:
+        tensors: by our name; ``pos_embed`` is not yet divided into prefix and patches.
+        origin: by our name, the name in the file.
+        beside: entries of the file beside the encoder.
+        changed: what was changed on the way.
+    """
+
+    tensors: dict[str, Tensor]
+    origin: dict[str, str]
+    beside: list[str]
+    changed: list[str] = field(default_factory=list)
+
+
+def rename_weights(state: Mapping[str, Any]) -> NamedWeights:
+    """Find the encoder in a checkpoint and give its entries the names of `SRTransformer`.
+
+    Args:
+        state: a state dict with the names of timm, DINO, DINOv2, MAE, MONAI or this package, or a checkpoint with one.
+    """
+    tensors, origin, beside = _unwrap(state)
+    named = NamedWeights({}, {}, beside)
+    for name, value in tensors.items():
+        new = name
+        for pattern, replacement in _RENAME:
+            new = pattern.sub(replacement, new)
+        named.tensors[new] = value
+        named.origin[new] = origin[name]
+    _join_gates(named)
+    return named
+
+
+def _join_gates(named: NamedWeights) -> None:
+    """Two first layers of a gated MLP as one, the gate's half first."""
+    for gate, value in _GATES:
+        for name in [name for name in named.tensors if f".mlp.{gate}." in name]:
+            other, joined = (name.replace(f".mlp.{gate}.", f".mlp.{part}.") for part in (value, "linear1"))
+            if other in named.tensors:
+                named.tensors[joined] = torch.cat([named.tensors.pop(name), named.tensors.pop(other)])
+                named.origin[joined] = f"{named.origin.pop(name)} and {named.origin.pop(other)}"
+                named.changed = ["gate and value of the MLPs joined"]
+
+
+def _unwrap(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """The encoder inside a checkpoint.
 
     Returns:
@@ -90,6 +144,11 @@ def unwrap_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def grid_of(count: int, grid: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    """Rows and columns of ``count`` positions: ``grid`` where it is given and fits, else a square.
+
+    Raises:
+        CheckpointError: where neither is so.
+    """
     if grid is not None:
         if grid[0] * grid[1] != count:
             raise CheckpointError(f"{name} has {count} positions, which is not the grid {grid[0]} x {grid[1]}.")
@@ -101,7 +160,11 @@ def grid_of(count: int, grid: tuple[int, int] | None, name: str) -> tuple[int, i
 
 
 def convert_state_dict(
-    state: Mapping[str, Any], network: SRTransformer, grid: tuple[int, int] | None = None
+    state: Mapping[str, Any],
+    network: SRTransformer,
+    grid: tuple[int, int] | None = None,
+    resize: Mapping[str, Any] | None = None,
+    registers_first: bool = False,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Rename a ViT's state dict (timm, DINO, DINOv2, MAE, MONAI or this package's) to `SRTransformer`'s names.
 
@@ -112,6 +175,8 @@ def convert_state_dict(
         state: state dict, or a checkpoint that holds one under ``teacher``, ``model``, ``state_dict`` or ``student``.
         network: the network that will take it.
         grid: rows and columns of the grid of the file's position embeddings; None: square.
+        resize: how the file's authors resize position embeddings, see `resize_position_embeddings`.
+        registers_first: the file's positions begin with those of the registers, not with the class token's.
 
     Returns:
         renamed state dict with those entries only that the network has a place for, and a report in which ``missing``
@@ -120,16 +185,9 @@ def convert_state_dict(
     Raises:
         CheckpointError: where position embeddings fit no grid, or the depth or the parts of the blocks differ.
     """
-    tensors, origin, beside = unwrap_state(state)
-    report = LoadReport(unused=beside)
-    out: dict[str, Tensor] = {}
-    file_name: dict[str, str] = {}
-    for name, value in tensors.items():
-        new = name
-        for pattern, replacement in _RENAME:
-            new = pattern.sub(replacement, new)
-        out[new] = value
-        file_name[new] = origin[name]
+    named = rename_weights(state)
+    report = LoadReport(unused=named.beside, changed=named.changed)
+    out, file_name = named.tensors, named.origin
     registers = out["register_tokens"].shape[1] if "register_tokens" in out else 0
     target = network.patch_embedding.position_embeddings
     table = "patch_embedding.position_embeddings"
@@ -142,17 +200,19 @@ def convert_state_dict(
             number - int("cls_token" in out),
         )
         extra = number - patches
+        first = extra - 1 if registers_first else 0  # where the class token's position lies
         if extra and "cls_token" in out:
-            out["cls_token"] = out["cls_token"] + position[:, :1]
+            out["cls_token"] = out["cls_token"] + position[:, first : first + 1]
             report.changed.append("position of the class token added to cls_token")
         if extra > 1 and "register_tokens" in out:
-            out["register_tokens"] = out["register_tokens"] + position[:, 1:extra]
+            others = torch.cat([position[:, :first], position[:, first + 1 : extra]], dim=1)
+            out["register_tokens"] = out["register_tokens"] + others
             report.changed.append("positions of registers added to register_tokens")
         out[table] = position[:, extra:]
         file_name[table] = file_name["pos_embed"]
     if table in out and out[table].shape[1] != target.shape[1]:
         old, new_grid = grid_of(out[table].shape[1], grid, "pos_embed"), network.patch_embedding.grid
-        out[table] = resize_position_embeddings(out[table], old, new_grid)
+        out[table] = resize_position_embeddings(out[table], old, new_grid, **(resize or {}))
         report.changed.append(f"position embeddings resized from {old[0]} x {old[1]} to {new_grid[0]} x {new_grid[1]}")
     own = network.state_dict()
     blocks = {int(match[1]) for name in out if (match := re.match(r"blocks\.(\d+)\.", name))}
@@ -166,7 +226,8 @@ def convert_state_dict(
             report.unused.append(file_name[name])
             if name.startswith("blocks.") and "cross_attn." not in name:  # MONAI has those and does not use them
                 raise CheckpointError(
-                    f"the network has no place for {file_name[name]} (layer scale, bias?). Build it alike."
+                    f"the network has no place for {file_name[name]} (a gated MLP, layer scale, normed "
+                    "queries, a bias?). Build it alike."
                 )
             del out[name]
     return out, report
@@ -185,14 +246,18 @@ def load_vit_weights(
     network: SRTransformer,
     weights: str | os.PathLike[str] | Mapping[str, Any],
     grid: tuple[int, int] | None = None,
+    resize: Mapping[str, Any] | None = None,
+    registers_first: bool = False,
 ) -> LoadReport:
     """Fill an `SRTransformer` with a ViT's published weights; nothing is downloaded.
 
     Args:
         network: takes the weights in place. Tables of iRPE stay as they are (zero at the start).
-        weights: a state dict or checkpoint, or a local file with one; names of timm, DINO, DINOv2, MAE, MONAI's ViT or
-            this package.
+        weights: a state dict or checkpoint, or a local file or folder with one (see `read_weights`); names of timm,
+            DINO, DINOv2, MAE, MONAI's ViT or this package.
         grid: rows and columns that the file's position embeddings are for; None: square.
+        resize: how the file's authors resize position embeddings, see `resize_position_embeddings`.
+        registers_first: the file's positions begin with those of the registers, not with the class token's.
 
     Returns:
         exactly what was loaded, not used, missing and changed.
@@ -200,9 +265,9 @@ def load_vit_weights(
     Raises:
         CheckpointError: where the file is unreadable, of another width, patch or depth, or holds no ViT.
     """
-    where, state = read_state(weights)
+    where, state = read_weights(weights)
     try:
-        fitting, report = convert_state_dict(state, network, grid)
+        fitting, report = convert_state_dict(state, network, grid, resize, registers_first)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     own = network.state_dict()
@@ -216,19 +281,3 @@ def load_vit_weights(
     report.loaded = sorted(fitting)
     report.missing = sorted(set(own) - set(fitting))
     return report
-
-
-def read_state(weights: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """How to call the weights in a message, and what they hold."""
-    if isinstance(weights, Mapping):
-        return "the state dict", weights
-    where = str(weights)
-    if not Path(weights).is_file():
-        raise CheckpointError(f"{where}: no such file. Give a local file with a ViT's state dict.")
-    try:
-        content = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{where}: cannot be read as weights ({error}).") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{where}: holds {type(content).__name__}, no state dict.")
-    return where, content

@@ -246,8 +246,8 @@ def changed(**entries: Any) -> dict[str, Any]:
         (lambda: to_sr_transformer(changed()), "number of heads"),
         (lambda: to_sr_transformer(changed(pos_embed=torch.zeros(1, 24, WIDTH)), num_heads=3), "give img_size"),
         (
-            lambda: to_sr_transformer(changed(**{"blocks.0.mlp.fc2.weight": torch.ones(24, 20)}), num_heads=3),
-            "SwiGLU",
+            lambda: to_sr_transformer(changed(**{"blocks.0.mlp.fc2.weight": torch.ones(24, 13)}), num_heads=3),
+            "neither two layers nor gated",
         ),
         (lambda: to_sr_transformer(ViT(1, (16, 16, 16), 8, 24, 40, 1, 3)), "spatial_dims=2"),
     ],
@@ -270,18 +270,36 @@ def test_what_computes_otherwise_is_refused() -> None:
     quick, normed = PublishedViT(), PublishedViT()
     quick.blocks[0].mlp.act = nn.SiLU()
     normed.blocks[0].attn.q_norm = nn.LayerNorm(8)
-    for vit, word in ((quick, "SiLU"), (normed, "q_norm")):
+    for vit, word in ((quick, "SiLU"), (normed, "queries and keys")):
         with pytest.raises(ValueError, match=word):
             to_sr_transformer(vit)
 
 
-def test_timm_itself() -> None:
+def timm_variants(timm: Any) -> list[dict[str, Any]]:
+    """Small ones of plain ViTs and of the families that pathology encoders belong to."""
+    swiglu = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "init_values": 0.1}
+    return [
+        {},
+        {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1},
+        {"img_size": (32, 48)},
+        {**swiglu, "reg_tokens": 8, "no_embed_class": True, "mlp_ratio": 2.66667 * 2},  # UNI2-h, H-optimus
+        {**swiglu, "reg_tokens": 4, "mlp_ratio": 5.3375},  # Virchow2
+        {**swiglu, "mlp_ratio": 2.671875 * 2},  # UniCAS, GigaPath
+        {"mlp_layer": timm.layers.GluMlp, "mlp_ratio": 4, "act_layer": nn.GELU},
+        {"mlp_layer": timm.layers.SwiGLU, "mlp_ratio": 2, "act_layer": nn.SiLU},
+        {"qk_norm": True},
+    ]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_timm_itself(number: int) -> None:
     timm = pytest.importorskip("timm")
+    variant = timm_variants(timm)[number]
     small = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "num_classes": 0}
-    for variant in ({}, {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1}, {"img_size": (32, 48)}):
-        vit = timm.models.vision_transformer.VisionTransformer(**{**small, **variant}).eval()
-        for parameter in vit.parameters():
-            nn.init.normal_(parameter, std=0.2)
+    vit = timm.models.vision_transformer.VisionTransformer(**{**small, **variant}).eval()
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.rand(2, 3, *([32, 48] if "img_size" in variant else [32, 32]))
+    with torch.no_grad():
         network = to_sr_transformer(vit, rpe="product", sparsity="none")
-        images = torch.rand(2, 3, *([32, 48] if "img_size" in variant else [32, 32]))
         torch.testing.assert_close(network(images)[0], vit.forward_features(images), atol=1e-5, rtol=1e-5)

@@ -9,22 +9,33 @@ from torch import Tensor
 __all__ = ["PatchEmbedding", "resize_position_embeddings"]
 
 
-def resize_position_embeddings(embeddings: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resize_position_embeddings(
+    embeddings: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = False, offset: float = 0.0
+) -> Tensor:
     """Position embeddings of one grid for another, by bicubic interpolation.
 
     Args:
         embeddings: (1, old rows * old columns, C).
         old: rows and columns of the grid they are for.
         new: rows and columns wanted.
+        antialias: low-pass before the table is made smaller, as timm and DINOv2 with registers do.
+        offset: added to the new rows and columns where the sampling distance is worked out; DINO and DINOv2 without
+            registers take 0.1.
 
     Returns:
         (1, new rows * new columns, C), the same tensor where the grids are the same.
     """
     if old == new:
         return embeddings
-    grid = embeddings.reshape(1, *old, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False).to(embeddings.dtype)
-    return resized.flatten(2).transpose(1, 2)
+    grid = embeddings.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    if offset:
+        scale = [(n + offset) / o for n, o in zip(new, old)]
+        resized = F.interpolate(grid, scale_factor=scale, mode="bicubic", align_corners=False, antialias=antialias)
+        if tuple(resized.shape[-2:]) != new:
+            raise ValueError(f"An offset of {offset} makes {tuple(resized.shape[-2:])} positions of {old}, not {new}.")
+    else:
+        resized = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=antialias)
+    return resized.to(embeddings.dtype).flatten(2).transpose(1, 2)
 
 
 class PatchEmbedding(PatchEmbeddingBlock):

@@ -13,7 +13,7 @@ CASES = {
     "dense": lambda: Encoder(sr_vit_tiny(num_layers=1, sparsity="none", rpe=None), pool="cls+mean"),
     "made_for_96_px": lambda: Encoder(sr_vit_tiny(num_layers=1, img_size=96)),
     "monai_vit": lambda: Encoder(
-        ViT(3, 224, 32, hidden_size=48, mlp_dim=48, num_layers=1, num_heads=4, spatial_dims=2)
+        ViT(3, 224, 32, hidden_size=48, mlp_dim=48, num_layers=1, num_heads=4, spatial_dims=2), pool="mean"
     ),
 }
 

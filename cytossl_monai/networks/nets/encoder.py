@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
+from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
+from monai.networks.nets.vit import ViT
 from torch import Tensor, nn
 
 from cytossl_monai.networks.blocks.background import foreground_patches
 from cytossl_monai.networks.nets.sr_transformer import Features, SRTransformer
 
-__all__ = ["Encoder", "encoder_hash"]
+__all__ = ["Encoder", "encoder_hash", "pool_output"]
 
 POOLS = ("cls", "mean", "cls+mean")
 # ImageNet's statistics: what published weights expect.
@@ -24,12 +27,15 @@ class Encoder(nn.Module):
     Args:
         network: an `SRTransformer`, or any network that gives (B, D), or tokens (B, N, D) as MONAI's `ViT` does.
         pool: ``cls`` (class token), ``mean`` (mean of the patches that were encoded) or ``cls+mean`` (both, 2 D wide).
-            Networks that give (B, D) by themselves are taken as they are.
+            Of other networks' tokens the first is the class token where they have ``has_class_token``, and the next
+            ones, up to ``num_prefix``, are no patches. Networks that give (B, D) or feature maps (B, D, h, w), which
+            are averaged, leave nothing to pool: keep the default.
         mean: of each channel, on the scale [0, 1].
         std: of each channel.
 
     Raises:
-        ValueError: for another pool, or ``cls`` where the network has no class token.
+        ValueError: for another pool, or ``cls`` where the network has no class token. Where only the output shows what
+            the network gives, `forward` raises it.
     """
 
     mean: Tensor
@@ -47,6 +53,10 @@ class Encoder(nn.Module):
             raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}.")
         if isinstance(network, SRTransformer) and "cls" in pool and not network.has_class_token:
             raise ValueError(f"pool={pool!r} needs a class token: build the network with class_token=True, or 'mean'.")
+        if isinstance(network, ViT) and "cls" in pool and not network.classification:
+            raise ValueError(f"pool={pool!r} needs a class token, which MONAI's ViT has not: take pool='mean'.")
+        if getattr(network, "gives_vectors", False) and pool != "cls":
+            raise ValueError(f"{type(network).__name__} gives one vector a tile: leave pool out; got {pool!r}.")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(f"mean and std need one number a channel, std above 0; got {list(mean)} and {list(std)}.")
         self.network = network
@@ -56,18 +66,23 @@ class Encoder(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """Width D of the vectors that `forward` gives."""
-        if isinstance(self.network, SRTransformer):
-            return self.network.embed_dim * (2 if self.pool == "cls+mean" else 1)
-        width = getattr(self.network, "embed_dim", None)
-        if width is None:
+        """Width D of the vectors that `forward` gives: as the network declares it, else found by encoding one image."""
+        network, both = self.network, 2 if self.pool == "cls+mean" else 1
+        if isinstance(network, SRTransformer):
+            return network.embed_dim * both
+        declared = getattr(network, "embed_dim", None)
+        if declared is not None:
+            return int(declared) * (both if getattr(network, "has_class_token", False) else 1)
+        modes = [(module, module.training) for module in self.modules()]
+        height, width = _image_size(network)
+        try:
             with torch.no_grad():
-                was_training = self.training
                 self.eval()
-                side = int(self.patch_size) * 4 if hasattr(self.network, "patch_embedding") else 64
-                width = self(torch.zeros(1, self.mean.shape[1], side, side, device=self.mean.device)).shape[1]
-                self.train(was_training)
-        return int(width)
+                out = self(torch.zeros(1, self.mean.shape[1], height, width, device=self.mean.device))
+        finally:
+            for module, training in modes:
+                module.training = training
+        return int(out.shape[1])
 
     @property
     def patch_size(self) -> int:
@@ -137,9 +152,7 @@ class Encoder(nn.Module):
             (B, D) float.
         """
         if not isinstance(self.network, SRTransformer):
-            out = self.network(self.normalise(images)[1])
-            out = out[0] if isinstance(out, tuple) else out
-            return out.mean(dim=1) if out.dim() == 3 else out.flatten(1)
+            return pool_output(self.network(self.normalise(images)[1]), self.pool, self.network)
         features = self._features(images, foreground=foreground)
         if self.pool == "cls":
             return features.cls
@@ -172,6 +185,49 @@ class Encoder(nn.Module):
         """
         features = self._features(images, mask, mask_token, keep)
         return features.cls, features.patches
+
+
+def pool_output(out: Tensor | Sequence[Tensor], pool: str, network: nn.Module) -> Tensor:
+    """One vector an image from what a network gives that is no `SRTransformer`.
+
+    Args:
+        out: vectors (B, D), feature maps (B, D, h, w) or tokens (B, N, D); or a tuple that begins with one of these.
+        pool: as for `Encoder`.
+        network: what gave it; its ``has_class_token`` and ``num_prefix`` say what the first tokens are.
+
+    Returns:
+        (B, D), or (B, 2 D) for ``cls+mean``.
+
+    Raises:
+        ValueError: where the pool asks for what is not there.
+    """
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    assert isinstance(first, Tensor)
+    name = type(network).__name__
+    if first.dim() != 3:
+        if pool != "cls":
+            raise ValueError(f"{name} gives {tuple(first.shape)}, no tokens: leave pool out; got {pool!r}.")
+        return first.flatten(2).mean(dim=2) if first.dim() > 2 else first
+    has_class_token = bool(getattr(network, "has_class_token", False))
+    prefix = int(getattr(network, "num_prefix", has_class_token))
+    if "cls" in pool and not has_class_token:
+        raise ValueError(f"{name} gives tokens and says of no class token (has_class_token): take pool='mean'.")
+    mean = first[:, prefix:].mean(dim=1)
+    return {"cls": first[:, 0], "mean": mean, "cls+mean": torch.cat([first[:, 0], mean], dim=1)}[pool]
+
+
+def _image_size(network: nn.Module) -> tuple[int, int]:
+    """Rows and columns of an image that a network takes: of a MONAI `ViT` its own, of others 64."""
+    embedding = getattr(network, "patch_embedding", None)
+    if not isinstance(embedding, PatchEmbeddingBlock):
+        return 64, 64
+    projection = embedding.patch_embeddings
+    if isinstance(projection, nn.Conv2d):
+        patch = int(projection.kernel_size[0])
+    else:
+        patch = math.isqrt(embedding.patch_dim // 3)
+    side = math.isqrt(embedding.n_patches)
+    return side * patch, embedding.n_patches // side * patch
 
 
 def encoder_hash(encoder: Encoder) -> str:

@@ -68,13 +68,13 @@ class _Plain(nn.Module):
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        self.network = encoder.network
+        self.network, self.pool = encoder.network, encoder.pool
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", encoder.mean)
         self.register_buffer("std", encoder.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        out = self.network((images - self.mean) / self.std)
-        out = out[0] if isinstance(out, tuple) else out
-        return out.mean(dim=1) if out.dim() == 3 else out.flatten(1)
+        from cytossl_monai.networks.nets.encoder import pool_output
+
+        return pool_output(self.network((images - self.mean) / self.std), self.pool, self.network)

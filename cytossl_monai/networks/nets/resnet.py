@@ -1,16 +1,20 @@
-"""ResNet as a tile encoder, on MONAI's network."""
+"""ResNet as a tile encoder: torchvision's on MONAI's network, whole or cut as CLAM cuts it, and the second version."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from monai.networks.nets.resnet import ResNet, ResNetBottleneck
+from torch import Tensor, nn
 
+from cytossl_monai.networks.weight_files import read_weights
 from cytossl_monai.utils.errors import CheckpointError
 
-__all__ = ["ResNetFeatures", "resnet50"]
+__all__ = ["ResNetFeatures", "ResNetV2Features", "load_resnet_weights", "resnet50", "resnet50_v2"]
+
+_BLOCKS, _WIDTHS = [3, 4, 6, 3], [64, 128, 256, 512]
 
 
 class ResNetFeatures(ResNet):
@@ -21,13 +25,21 @@ class ResNetFeatures(ResNet):
     Args:
         in_channels: channels of the image.
         num_classes: 0 for features (B, 2048); above, a last linear layer ``fc`` as torchvision's and logits.
+        stages: 4 for the whole network; 3 leaves out ``layer4`` and gives features (B, 1024), as CLAM and TRIDENT cut it.
+
+    Raises:
+        ValueError: for other stages, or a cut network with classes.
     """
 
-    def __init__(self, in_channels: int = 3, num_classes: int = 0) -> None:
+    gives_vectors = True
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 0, stages: int = 4) -> None:
+        if stages not in (3, 4) or (stages == 3 and num_classes):
+            raise ValueError(f"stages must be 4, or 3 without classes; got {stages} with {num_classes} classes.")
         super().__init__(
             ResNetBottleneck,
-            [3, 4, 6, 3],
-            [64, 128, 256, 512],
+            _BLOCKS,
+            _WIDTHS,
             spatial_dims=2,
             n_input_channels=in_channels,
             conv1_t_size=7,
@@ -39,11 +51,106 @@ class ResNetFeatures(ResNet):
             bias_downsample=False,
         )
         self.config: dict[str, Any] = {"in_channels": in_channels, "num_classes": num_classes}
-        self.embed_dim = num_classes or 2048
+        if stages == 3:
+            self.layer4 = nn.Identity()
+            self.config["stages"] = 3
+        self.embed_dim = num_classes or (2048 if stages == 4 else 1024)
+
+
+class _PreActivation(nn.Module):
+    """``x + conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x)))))))))``, the shortcut drawn after the first ReLU."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.down = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False) if inputs != 4 * width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.bn1(x).relu()
+        shortcut = x if self.down is None else self.down(active)
+        out = self.conv1(active)
+        out = self.conv2(self.bn2(out).relu())
+        return shortcut + self.conv3(self.bn3(out).relu())  # type: ignore[no-any-return]
+
+
+class ResNetV2Features(nn.Module):
+    """ResNet-50 of the second version (pre-activation) up to its third stage, giving (B, 1024).
+
+    He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016; names as in the ONNX model zoo's weights:
+    ``bn0`` over the image, ``conv0``, ``bn1``, ``stage1`` to ``stage3``, and ``post``, the norm that follows them.
+
+    Args:
+        in_channels: channels of the image.
+    """
+
+    gives_vectors = True
+    embed_dim = 1024
+
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"in_channels": in_channels}
+        self.bn0 = nn.BatchNorm2d(in_channels)
+        self.conv0 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        inputs = 64
+        for stage, (blocks, width) in enumerate(zip(_BLOCKS[:3], _WIDTHS[:3]), start=1):
+            layers = nn.Sequential()
+            for block in range(blocks):
+                layers.append(_PreActivation(inputs, width, 2 if stage > 1 and block == 0 else 1))
+                inputs = 4 * width
+            self.add_module(f"stage{stage}", layers)
+        self.post = nn.BatchNorm2d(inputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W), normalised -> (B, 1024)."""
+        x = self.pool(self.bn1(self.conv0(self.bn0(images))).relu())
+        for stage in (self.stage1, self.stage2, self.stage3):
+            x = stage(x)
+        return self.post(x).relu().mean(dim=(2, 3))  # type: ignore[no-any-return]
+
+
+def load_resnet_weights(network: nn.Module, weights: str | os.PathLike[str] | Mapping[str, Any]) -> list[str]:
+    """Fill a ResNet with a state dict of its layout; nothing is downloaded.
+
+    Args:
+        network: takes the weights in place.
+        weights: a state dict, or a local file or folder with one. Layers behind those of the network (``layer4``,
+            ``fc``) are not used.
+
+    Returns:
+        the entries that were not used.
+
+    Raises:
+        CheckpointError: where the file does not fit, with the names and shapes that differ.
+    """
+    where, state = read_weights(weights)
+    own = network.state_dict()
+    behind = [name for name in state if name not in own and name.startswith(("fc.", "layer4.", "stage4."))]
+    state = {name: value for name, value in state.items() if name not in behind}
+    # Counters of batches are no weights: files converted from elsewhere lack them.
+    lacking = {name for name in set(own) - set(state) if not name.endswith("num_batches_tracked")}
+    wrong = sorted(lacking | (set(state) - set(own)))
+    for name in own:
+        if name in state and own[name].shape != state[name].shape:
+            wrong.append(f"{name} ({tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here)")
+    if wrong:
+        kind = "a ResNet-50 v2" if isinstance(network, ResNetV2Features) else "a ResNet-50 of torchvision's layout"
+        raise CheckpointError(f"{where}: not {kind}; differs in {', '.join(wrong[:5])}.")
+    network.load_state_dict(state, strict=False)
+    return sorted(behind)
 
 
 def resnet50(
-    in_channels: int = 3, num_classes: int = 0, weights: str | os.PathLike[str] | None = None
+    in_channels: int = 3,
+    num_classes: int = 0,
+    weights: str | os.PathLike[str] | None = None,
+    stages: int = 4,
 ) -> ResNetFeatures:
     """ResNet-50, the convolutional baseline.
 
@@ -51,21 +158,28 @@ def resnet50(
         in_channels: channels of the image.
         num_classes: 0 for features (B, 2048).
         weights: local file with a state dict of torchvision's ResNet-50 (ImageNet); nothing is downloaded.
+        stages: 4, or 3 for the 1,024 features of CLAM and TRIDENT.
 
     Raises:
         CheckpointError: where the file does not fit, with the names that do not.
     """
-    network = ResNetFeatures(in_channels, num_classes)
+    network = ResNetFeatures(in_channels, num_classes, stages)
     if weights is not None:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{weights}: no such file. Give a state dict of torchvision's ResNet-50.") from error
-        own = network.state_dict()
-        state = {name: value for name, value in state.items() if name in own or not name.startswith("fc.")}
-        wrong = sorted(set(own) ^ set(state))
-        wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
-        if wrong:
-            raise CheckpointError(f"{weights}: not a ResNet-50 of torchvision's layout; differs in {wrong[:5]}.")
-        network.load_state_dict(state)
+        load_resnet_weights(network, weights)
+    return network
+
+
+def resnet50_v2(in_channels: int = 3, weights: str | os.PathLike[str] | None = None) -> ResNetV2Features:
+    """ResNet-50 v2 up to its third stage, 1,024 features a tile.
+
+    Args:
+        in_channels: channels of the image.
+        weights: local file with its state dict; nothing is downloaded.
+
+    Raises:
+        CheckpointError: where the file does not fit, with the names that do not.
+    """
+    network = ResNetV2Features(in_channels)
+    if weights is not None:
+        load_resnet_weights(network, weights)
     return network

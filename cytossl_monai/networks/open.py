@@ -1,0 +1,69 @@
+"""The one door to encoders: a file of ours, a card with its weights, a program, or a callable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cytossl_monai.networks.cards import card_encoder, read_card
+from cytossl_monai.networks.files import load_encoder
+from cytossl_monai.networks.nets.encoder import Encoder
+from cytossl_monai.networks.nets.program import CallableNetwork, ProgramNetwork, is_program
+from cytossl_monai.networks.weight_files import HUB
+from cytossl_monai.utils.errors import CheckpointError
+
+__all__ = ["open_encoder"]
+
+_UNCHANGED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def open_encoder(
+    encoder: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[Encoder, dict[str, Any]]:
+    """Open any encoder.
+
+    Args:
+        encoder: a file that `save_encoder` wrote; a card (``.yaml``); a TorchScript, exported-program (``.pt2``) or
+            ONNX file, which gets images in [0, 1] and normalises them itself; or ``package.module:function``.
+        weights: the weights' file or folder, for a card.
+        device: where to put the encoder.
+
+    Returns:
+        the encoder in evaluation mode, and what is known of it: ``name``, and as far as its file or card says
+        ``tile_size``, ``mpp``, ``license``, ``commercial``, ``limits``, ``source``, ``citation``.
+
+    Raises:
+        CheckpointError: where something is missing or does not fit, saying what to do.
+    """
+    text, path = str(encoder), Path(encoder)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        card = read_card(path)
+        return card_encoder(card, weights).to(device), card.meta()
+    if weights is not None:
+        raise CheckpointError(
+            f"{text}: weights ({_short(weights)}) are for a card (.yaml); this encoder brings its own. Leave weights "
+            "out, or give a card of configs/encoders as the encoder."
+        )
+    if text.startswith(HUB):
+        raise CheckpointError(f"{text}: give a card as the encoder, and this name as its weights.")
+    if not path.exists() and ":" in text and all(part.isidentifier() for part in text.replace(":", ".").split(".")):
+        return Encoder(CallableNetwork(text), **_UNCHANGED).to(device).eval(), {"name": text}
+    if is_program(path) is not None:
+        return Encoder(ProgramNetwork(path), **_UNCHANGED).to(device).eval(), {"name": path.stem}
+    if path.suffix.lower() == ".safetensors" or path.is_dir():
+        raise CheckpointError(
+            f"{text}: these are weights alone. Give the model's card (configs/encoders/*.yaml) as the encoder and this "
+            "as --weights."
+        )
+    loaded, meta = load_encoder(path, device)
+    return loaded, {"name": path.stem, **{key: value for key, value in meta.items() if value not in (None, "")}}
+
+
+def _short(weights: Any) -> str:
+    return "a state dict" if isinstance(weights, Mapping) else str(weights)

@@ -89,7 +89,9 @@ class EncoderCard:
         """Where the weights are to be had and under which licence, as a sentence."""
         gate = " after a request for access" if self.gated else ""
         place = f"to be had at {self.source}{gate}" if self.source else "not published at a place that is known here"
-        return f"The weights of {self.name} are {place}, under {self.license or 'a licence that the card does not name'}."
+        return (
+            f"The weights of {self.name} are {place}, under {self.license or 'a licence that the card does not name'}."
+        )
 
     def meta(self) -> dict[str, Any]:
         """What is kept of the card in encoder and feature files: plain data without None."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cytossl_monai.networks.cards import card_encoder, read_card
 from cytossl_monai.networks.files import load_encoder
@@ -17,8 +18,6 @@ from cytossl_monai.networks.weight_files import HUB
 from cytossl_monai.utils.errors import CheckpointError
 
 __all__ = ["open_encoder"]
-
-_UNCHANGED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def open_encoder(
@@ -53,9 +52,9 @@ def open_encoder(
     if text.startswith(HUB):
         raise CheckpointError(f"{text}: give a card as the encoder, and this name as its weights.")
     if not path.exists() and ":" in text and all(part.isidentifier() for part in text.replace(":", ".").split(".")):
-        return Encoder(CallableNetwork(text), **_UNCHANGED).to(device).eval(), {"name": text}
+        return _as_it_is(CallableNetwork(text)).to(device), {"name": text}
     if is_program(path) is not None:
-        return Encoder(ProgramNetwork(path), **_UNCHANGED).to(device).eval(), {"name": path.stem}
+        return _as_it_is(ProgramNetwork(path)).to(device), {"name": path.stem}
     if path.suffix.lower() == ".safetensors" or path.is_dir():
         raise CheckpointError(
             f"{text}: these are weights alone. Give the model's card (configs/encoders/*.yaml) as the encoder and this "
@@ -63,6 +62,11 @@ def open_encoder(
         )
     loaded, meta = load_encoder(path, device)
     return loaded, {"name": path.stem, **{key: value for key, value in meta.items() if value not in (None, "")}}
+
+
+def _as_it_is(network: nn.Module) -> Encoder:
+    """An encoder that gives its network images in [0, 1]."""
+    return Encoder(network, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).eval()
 
 
 def _short(weights: Any) -> str:

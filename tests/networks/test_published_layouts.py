@@ -157,7 +157,9 @@ def plain_vit(state: State, layout: Layout, images: Tensor) -> Tensor:
         x = x + state[f"{name}.ls2.gamma"] * linear(f"{name}.mlp.{layout.last}", gated)
     x = norm(x, state["norm.weight"], state["norm.bias"])
     if layout.registers_first:  # ours always begins with the class token
-        x = torch.cat([x[:, layout.registers : layout.registers + 1], x[:, : layout.registers], x[:, -SIDE * SIDE :]], 1)
+        x = torch.cat(
+            [x[:, layout.registers : layout.registers + 1], x[:, : layout.registers], x[:, -SIDE * SIDE :]], 1
+        )
     return x
 
 
@@ -211,7 +213,7 @@ def test_a_state_dict_alone_becomes_a_sparse_relative_network(name: str) -> None
 @pytest.mark.parametrize("sparsity", ["topk", "routed"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_normed_queries_and_keys_are_what_every_kernel_sees(sparsity: str, packed: bool) -> None:
-    """A network whose norms are folded into nothing but scale one: with weight s and bias 0 scores grow by s squared."""
+    """Projections of queries and keys that are 50 times as large change nothing, as the norms take that back."""
     layout = LAYOUTS["registers first, queries normed"]
     network = network_of(layout, sparsity=sparsity, keep_ratio=0.5, num_salient=3, window=1)
     load_vit_weights(network, random_state(layout), registers_first=True)

@@ -217,7 +217,10 @@ def pool_output(out: Tensor | Sequence[Tensor], pool: str, network: nn.Module) -
 
 
 def _image_size(network: nn.Module) -> tuple[int, int]:
-    """Rows and columns of an image that a network takes: of a MONAI `ViT` its own, of others 64."""
+    """Rows and columns of an image that a network takes: what it declares, of a MONAI `ViT` its own, of others 64."""
+    declared = getattr(network, "image_size", None)
+    if declared is not None:
+        return int(declared[0]), int(declared[1])
     embedding = getattr(network, "patch_embedding", None)
     if not isinstance(embedding, PatchEmbeddingBlock):
         return 64, 64

@@ -1,4 +1,4 @@
-"""Encoders that are not built here: a TorchScript file, an exported program, an ONNX file, or a callable of your own."""
+"""Encoders that are not built here: TorchScript, an exported program, an ONNX file, or a callable of your own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cytossl_monai.utils.errors import CheckpointError
 
 __all__ = ["CallableNetwork", "ProgramNetwork", "is_program"]
 
+_USUAL = (224, 224)
 _SUFFIXES = {".onnx": "onnx", ".pt2": "exported"}
 
 
@@ -105,21 +106,28 @@ class ProgramNetwork(_Foreign):
         super().__init__(bytes.fromhex(file_sha256(path)), embed_dim)
         self.path, self.kind = path, kind
         self.batch: int | None = None
+        self.image_size = _USUAL  # what it takes, where the program is made for one size
         self.program: Any = None
         try:
             if kind == "torchscript":
                 self.program = torch.jit.load(path, map_location="cpu").eval()
             elif kind == "exported":
                 exported = torch.export.load(path)
-                self.batch = _fixed_batch(exported)
+                self._made_for(_input_shape(exported))
                 self.program = exported.module()
             else:
                 self.program = _OnnxSession(path)
-                self.batch = self.program.batch
+                self._made_for(self.program.shape)
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read as {kind} ({error}). Copy or export it again.") from error
+
+    def _made_for(self, shape: Sequence[Any]) -> None:
+        batch, *sides = (value if isinstance(value, int) else None for value in (shape[0], *shape[-2:]))
+        self.batch = batch
+        height, width = (side or usual for side, usual in zip(sides, _USUAL))
+        self.image_size = height, width
 
     def train(self, mode: bool = True) -> ProgramNetwork:
         """Programs stay as they were exported; exported programs refuse to be switched."""
@@ -198,8 +206,7 @@ class _OnnxSession:
             raise CheckpointError(f"{path}: has {len(inputs)} inputs; an encoder takes one, the images.")
         self.input = inputs[0].name
         self.dtype = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}.get(inputs[0].type, np.float32)
-        first = inputs[0].shape[0]
-        self.batch = first if isinstance(first, int) else None
+        self.shape = inputs[0].shape
 
     def __call__(self, images: Tensor) -> Tensor:
         values = images.detach().float().cpu().numpy()
@@ -209,14 +216,13 @@ class _OnnxSession:
         return torch.from_numpy(np.asarray(out)).float().to(images.device)
 
 
-def _fixed_batch(exported: Any) -> int | None:
-    """The batch that an exported program was made for; None where it takes any."""
+def _input_shape(exported: Any) -> Sequence[Any]:
+    """Shape of an exported program's images: numbers where it is fixed, symbols where it is not."""
     user_inputs = set(exported.graph_signature.user_inputs)
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in user_inputs:
-            first = node.meta["val"].shape[0]
-            return first if isinstance(first, int) else None
-    return None
+            return tuple(node.meta["val"].shape)
+    raise CheckpointError("takes no images: it has no input.")
 
 
 def _import(target: str) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ class ResNetFeatures(ResNet):
     Args:
         in_channels: channels of the image.
         num_classes: 0 for features (B, 2048); above, a last linear layer ``fc`` as torchvision's and logits.
-        stages: 4 for the whole network; 3 leaves out ``layer4`` and gives features (B, 1024), as CLAM and TRIDENT cut it.
+        stages: 4 for the whole network; 3 leaves out ``layer4`` and gives features (B, 1024), as CLAM does.
 
     Raises:
         ValueError: for other stages, or a cut network with classes.
@@ -110,8 +110,8 @@ class ResNetV2Features(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W), normalised -> (B, 1024)."""
         x = self.pool(self.bn1(self.conv0(self.bn0(images))).relu())
-        for stage in (self.stage1, self.stage2, self.stage3):
-            x = stage(x)
+        for stage in range(1, 4):
+            x = self.get_submodule(f"stage{stage}")(x)
         return self.post(x).relu().mean(dim=(2, 3))  # type: ignore[no-any-return]
 
 

@@ -1,3 +1,9 @@
+from .cards import (
+    EncoderCard as EncoderCard,
+    card_encoder as card_encoder,
+    card_network as card_network,
+    read_card as read_card,
+)
 from .convert import to_sr_transformer as to_sr_transformer
 from .files import build_encoder as build_encoder, load_encoder as load_encoder, save_encoder as save_encoder
 from .mil.abmil import ABMIL as ABMIL
@@ -17,7 +23,13 @@ from .mil.pooling import MaxMIL as MaxMIL, MeanMIL as MeanMIL
 from .mil.targets import MILLoss as MILLoss, n_outputs as n_outputs
 from .mil.transmil import TransMIL as TransMIL
 from .nets.encoder import Encoder as Encoder
-from .nets.resnet import ResNetFeatures as ResNetFeatures, resnet50 as resnet50
+from .nets.program import CallableNetwork as CallableNetwork, ProgramNetwork as ProgramNetwork
+from .nets.resnet import (
+    ResNetFeatures as ResNetFeatures,
+    ResNetV2Features as ResNetV2Features,
+    resnet50 as resnet50,
+    resnet50_v2 as resnet50_v2,
+)
 from .nets.sr_transformer import (
     SRTransformer as SRTransformer,
     sr_vit_base as sr_vit_base,
@@ -25,6 +37,7 @@ from .nets.sr_transformer import (
     sr_vit_tiny as sr_vit_tiny,
     vit_small as vit_small,
 )
+from .open import open_encoder as open_encoder
 from .weights import load_vit_weights as load_vit_weights
 
 __all__ = [
@@ -32,7 +45,9 @@ __all__ = [
     "CLAM",
     "DSMIL",
     "DTFDMIL",
+    "CallableNetwork",
     "Encoder",
+    "EncoderCard",
     "MILClassifier",
     "MILEnsemble",
     "MILLoss",
@@ -40,17 +55,24 @@ __all__ = [
     "MONAIPyramidHead",
     "MaxMIL",
     "MeanMIL",
+    "ProgramNetwork",
     "ResNetFeatures",
+    "ResNetV2Features",
     "SRTransformer",
     "TransMIL",
     "build_encoder",
     "bundle_network",
+    "card_encoder",
+    "card_network",
     "load_classifier",
     "load_encoder",
     "load_vit_weights",
     "n_outputs",
+    "open_encoder",
+    "read_card",
     "require_trained",
     "resnet50",
+    "resnet50_v2",
     "save_classifier",
     "save_encoder",
     "sr_vit_base",

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from torch import nn
 
-from cytossl_monai.networks.nets.encoder import MEAN, POOLS, STD, Encoder
+from cytossl_monai.networks.nets.encoder import MEAN, STD, Encoder
+from cytossl_monai.networks.nets.pooling import POOLS
 from cytossl_monai.networks.nets.program import CallableNetwork, ProgramNetwork
 from cytossl_monai.networks.nets.resnet import ResNetFeatures, ResNetV2Features, load_resnet_weights
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES = ("vit", "resnet50", "resnet50_v2", "program", "callable")
 # What published ViTs have in common; a card says where its model differs.
 _VIT = {"in_channels": 3, "qkv_bias": True, "class_token": True, "norm_eps": 1e-6, "rpe": None, "sparsity": "none"}
-_told: set[str] = set()
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ class EncoderCard:
 
     def say_licence_once(self) -> None:
         """Log a licence that forbids commercial use, and other limits, once a process."""
-        if self.name in _told or (self.commercial is not False and not self.limits):
+        if self.name in _said or (self.commercial is not False and not self.limits):
             return
-        _told.add(self.name)
+        _said.add(self.name)
         terms = "not for commercial use" if self.commercial is False else "see its limits"
         logger.warning("%s is under %s: %s. %s", self.name, self.license, terms, self.limits or "")
 

@@ -182,7 +182,7 @@ def test_a_card_can_be_made_an_sr_transformer(tmp_path: Path) -> None:
 
 
 def test_a_licence_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cards._told.clear()
+    cards._said.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             card_encoder(write_card(tmp_path), small_state())

@@ -88,6 +88,53 @@ def test_takes_any_network() -> None:
     assert encoder.embed_dim == 5
 
 
+def monai_vit(**changes: Any) -> ViT:
+    """A small 2D ViT of MONAI's."""
+    settings = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 1, "num_heads": 3, "spatial_dims": 2, **changes}
+    return ViT(3, (32, 48), 8, **settings)
+
+
+class TokensOfOthers(nn.Module):
+    """A class token (minus one), two registers (100) and the pixels as patches."""
+
+    has_class_token, num_prefix = True, 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, 3 + H W, C)."""
+        prefix = torch.tensor([-1.0, 100.0, 100.0]).view(1, 3, 1).expand(len(x), -1, x.shape[1])
+        return torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1)
+
+
+@pytest.mark.parametrize("proj_type", ["conv", "perceptron"])
+def test_monais_vit_has_a_width(proj_type: str) -> None:
+    """Its images are of one size; the mode of every part is what it was before."""
+    encoder = Encoder(monai_vit(proj_type=proj_type), "mean").train()
+    encoder.network.norm.eval()
+    assert encoder.embed_dim == 24
+    assert encoder.training
+    assert encoder.network.blocks.training
+    assert not encoder.network.norm.training
+    assert Encoder(monai_vit(classification=True, num_classes=5)).embed_dim == 5
+
+
+def test_pool_is_heeded_whatever_the_network() -> None:
+    images, options = torch.rand(2, 3, 4, 4), {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    mean = images.mean(dim=(2, 3))
+    assert (Encoder(TokensOfOthers(), "cls", **options)(images) == -1).all()
+    torch.testing.assert_close(Encoder(TokensOfOthers(), "mean", **options)(images), mean)
+    both = Encoder(TokensOfOthers(), "cls+mean", **options)
+    torch.testing.assert_close(both(images), torch.cat([-torch.ones(2, 3), mean], dim=1))
+    assert both.embed_dim == 6
+
+
+def test_a_mode_is_given_back_after_a_failure() -> None:
+    encoder = Encoder(nn.Conv2d(4, 2, 1)).train()
+    with pytest.raises(RuntimeError):
+        _ = encoder.embed_dim
+    assert encoder.training
+    assert encoder.network.training
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -97,6 +144,10 @@ def test_takes_any_network() -> None:
         (lambda: Encoder(small())(torch.rand(1, 4, 32, 32)), r"\(B, 3, H, W\).*\(1, 4, 32, 32\)"),
         (lambda: Encoder(small())(torch.zeros(1, 3, 32, 32, dtype=torch.int64)), "uint8.*int64"),
         (lambda: Encoder(nn.Conv2d(3, 4, 1)).forward_tokens(torch.rand(1, 3, 8, 8)), "no patch tokens"),
+        (lambda: Encoder(monai_vit()), "MONAI's ViT has not"),
+        (lambda: Encoder(resnet50(), "cls+mean"), "ResNetFeatures gives one vector a tile: leave pool out"),
+        (lambda: Encoder(nn.Conv2d(3, 4, 1), "mean")(torch.rand(1, 3, 8, 8)), "no tokens: leave pool out"),
+        (lambda: Encoder(nn.Flatten(2))(torch.rand(1, 3, 8, 8)), "says of no class token"),
         (lambda: build_encoder({"pool": "cls"}), "needs 'network'"),
         (lambda: build_network({"_target_": "os.system", "command": "true"}), "must name a network"),
         (lambda: build_network({"_target_": "cytossl_monai.networks.nets.encoder.nothing"}), "does not exist"),

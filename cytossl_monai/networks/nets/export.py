@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cytossl_monai.networks.nets.pooling import pool_output
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 __all__ = ["ScriptableEncoder"]
@@ -75,6 +76,4 @@ class _Plain(nn.Module):
         self.register_buffer("std", encoder.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        from cytossl_monai.networks.nets.encoder import pool_output
-
         return pool_output(self.network((images - self.mean) / self.std), self.pool, self.network)

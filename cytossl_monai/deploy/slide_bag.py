@@ -15,8 +15,8 @@ from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.inference.embed import EmbedTimes, embed_tiles
 from cytossl_monai.inference.slides import IndexSlided, slide_records
-from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.nets.encoder import encoder_hash
+from cytossl_monai.networks.open import open_encoder
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.parallel import default_workers
 
@@ -49,7 +49,7 @@ class SlideToBag(Transform):
     """Index a slide and embed its tiles; memory does not grow with the slide's pixels.
 
     Args:
-        encoder: encoder file (``model.pt`` of pretraining).
+        encoder: encoder file (``model.pt`` of pretraining), or any other that `open_encoder` opens.
         work_dir: folder for the index.
         tile_size: side of a tile in pixels at ``mpp``.
         mpp: micrometres per pixel that tiles are read at.
@@ -57,6 +57,7 @@ class SlideToBag(Transform):
         batch_size: tiles at once.
         device: where to decode, to find nuclei and to encode.
         num_threads: reading threads; None takes one for each CPU core.
+        weights: the weights' file or folder, where ``encoder`` is a card.
 
     Raises:
         CheckpointError: when the encoder cannot be loaded.
@@ -72,11 +73,12 @@ class SlideToBag(Transform):
         batch_size: int = 32,
         device: str | torch.device = "cpu",
         num_threads: int | None = None,
+        weights: str | os.PathLike[str] | None = None,
     ) -> None:
         self.device, self.batch_size = torch.device(device), batch_size
         self.num_threads = default_workers() if num_threads is None else num_threads
-        self.encoder, meta = load_encoder(encoder, self.device)
-        self.encoder.meta, self.encoder.source = meta, str(encoder)  # type: ignore[assignment]
+        self.encoder, _ = open_encoder(encoder, weights, self.device)
+        self.encoder.source = str(encoder)  # type: ignore[assignment]
         self.encoder_hash = encoder_hash(self.encoder)
         # In this process: the SDK's runtime installs signal handlers and threads that a forked one must not inherit.
         self.index = IndexSlided(work_dir, tile_size, mpp, index_settings, num_threads, device, isolate=False)

@@ -18,6 +18,7 @@ from cytossl_monai.utils.distributed import is_main
 __all__ = ["EncoderExport"]
 
 logger = logging.getLogger(__name__)
+_KEPT = ("license", "commercial", "limits", "source", "citation", "continued_from")
 
 
 class EncoderExport:
@@ -41,7 +42,12 @@ class EncoderExport:
         if not is_main():
             return
         figures = {k: float(v) for k, v in engine.state.metrics.items() if isinstance(v, int | float)}
+        # Whoever trains on from a published encoder is bound by its licence: the file goes on saying so.
+        begun = {key: value for key, value in getattr(encoder, "meta", {}).items() if key in _KEPT}
+        if getattr(encoder, "meta", {}).get("name"):
+            begun["continued_from"] = encoder.meta["name"]
         meta = {
+            **begun,
             **self.meta,
             "method": name_of(engine.method),
             "steps": int(engine.state.iteration),

@@ -25,8 +25,9 @@ from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference.ahead import read_ahead
-from cytossl_monai.networks.files import load_encoder
+from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_other_features, warn_of_tile_size
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
+from cytossl_monai.networks.open import open_encoder
 from cytossl_monai.utils.errors import FeatureError, InputError, TableError
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers
@@ -39,7 +40,6 @@ __all__ = [
     "embed_tiles",
     "embed_to_file",
     "index_hash",
-    "warn_of_tile_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -67,30 +67,6 @@ def index_hash(index: TileIndex) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(index.coords).tobytes())
     digest.update(json.dumps([index.tile_size, index.mpp, index.level0_mpp]).encode())
     return digest.hexdigest()[:16]
-
-
-def warn_of_tile_size(encoder: nn.Module, tile_size: int) -> bool:
-    """Log a warning where tiles are of another size than the images that the encoder was trained on.
-
-    A transformer takes them, by interpolating its positions, but its features are then not those that it learned.
-
-    Returns:
-        whether it warned.
-    """
-    config = getattr(getattr(encoder, "network", None), "config", None) or {}
-    trained = config.get("img_size")
-    sides = {int(side) for side in (trained if isinstance(trained, (list, tuple)) else [trained]) if side}
-    if not sides or sides == {tile_size}:
-        return False
-    told = " x ".join(str(side) for side in sorted(sides))
-    logger.warning(
-        "the encoder was trained on images of %s px, the tiles have %d px: index with --tile_size %s for the features "
-        "that it learned",
-        told,
-        tile_size,
-        max(sides),
-    )
-    return True
 
 
 @torch.inference_mode()
@@ -165,7 +141,9 @@ def embed_tiles(
     return features
 
 
-def feature_attributes(slide: Slide, index: TileIndex, encoder_id: str, encoder_name: str) -> dict[str, Any]:
+def feature_attributes(
+    slide: Slide, index: TileIndex, encoder_id: str, encoder_name: str, license: str | None = None
+) -> dict[str, Any]:
     """What a feature file says about how it was made: with CLAM's and TRIDENT's names where they have one."""
     return {
         "slide_id": index.slide_id,
@@ -175,6 +153,7 @@ def feature_attributes(slide: Slide, index: TileIndex, encoder_id: str, encoder_
         "index_hash": index_hash(index),
         "encoder": encoder_id,
         "encoder_name": encoder_name,
+        "encoder_license": license,
         "patch_size": index.tile_size,
         "mpp": index.mpp,
         "level0_mpp": slide.mpp,
@@ -246,7 +225,8 @@ def embed_to_file(
         features = embed_tiles(
             slide, index, encoder, batch_size, device, amp, num_threads, inferer, times, progress=progress
         )
-        attrs = {**feature_attributes(slide, index, encoder_id, encoder_name), "stored_as": dtype}
+        license = (getattr(encoder, "meta", None) or {}).get("license")
+        attrs = {**feature_attributes(slide, index, encoder_id, encoder_name, license), "stored_as": dtype}
     write_features(path, features, index.coords, attrs, dtype)
     return features
 
@@ -257,13 +237,15 @@ def embed_slides(
     output_dir: str | os.PathLike[str],
     encoder: Encoder,
     encoder_name: str = "",
-    batch_size: int = 32,
+    batch_size: int | None = 32,
     device: str | torch.device = "cpu",
     dtype: Literal["float32", "float16"] = "float32",
     amp: bool = False,
     num_threads: int | None = 1,
     inferer: Inferer | None = None,
     progress: bool = True,
+    channels_last: bool = False,
+    compile: bool = False,
 ) -> RunReport:
     """Embed many slides; a feature file made from the same slide, index and encoder stays.
 
@@ -273,15 +255,17 @@ def embed_slides(
         records: the slides.
         index_dir: folder of their tile indexes, ``<slide_id>.parquet``.
         output_dir: folder to write to.
-        encoder: as `load_encoder` gives it.
+        encoder: as `open_encoder` gives it.
         encoder_name: kept in the files.
-        batch_size: tiles at once.
+        batch_size: tiles at once; None finds once what fits.
         device: where to encode; on ``cuda`` slides are decoded there as well, where cuCIM can.
         dtype: how features are stored.
         amp: bfloat16 autocast.
         num_threads: decoding threads (cuCIM); None takes one for each CPU core.
         inferer: MONAI inferer that calls the encoder.
         progress: show progress bars.
+        channels_last: see `prepare_encoder`.
+        compile: see `prepare_encoder`.
 
     Returns:
         the report, written as well.
@@ -290,18 +274,21 @@ def embed_slides(
     folder.mkdir(parents=True, exist_ok=True)
     report = RunReport("embed", folder / "report.csv")
     num_threads = default_workers() if num_threads is None else num_threads
-    encoder = encoder.to(device).eval()
     encoder_id = encoder_hash(encoder)
+    encoder = prepare_encoder(encoder, device, channels_last, compile)
+    warn_of_other_features(folder, encoder_id, encoder_name)
     warned = False
     for record in tqdm(records, desc="embed", unit="slide", disable=not progress or len(records) < 2):
         start = time.perf_counter()
         path = folder / f"{record.slide_id}.h5"
         try:
             index = _index_of(record, index_folder)
-            warned = warned or warn_of_tile_size(encoder, index.tile_size)
+            warned = warned or warn_of_tile_size(encoder, index.tile_size, index.mpp)
             if is_current(path, record.path, index, encoder_id, dtype):
                 report.add(record.slide_id, "current", f"{len(index)} tiles", time.perf_counter() - start)
                 continue
+            if batch_size is None:
+                batch_size = fitting_batch(encoder, index.tile_size, device, amp)
             embed_to_file(
                 path,
                 record,
@@ -343,8 +330,9 @@ class FeatureEmbedder:
         slides: slide table or datalist.
         index_dir: folder of the tile indexes.
         output_dir: folder to write to.
-        encoder: encoder file.
+        encoder: any encoder that `open_encoder` opens.
         inferer: MONAI inferer that calls the encoder.
+        weights: the weights' file or folder, where ``encoder`` is a card.
         kwargs: as for `embed_slides`.
     """
 
@@ -355,10 +343,11 @@ class FeatureEmbedder:
         output_dir: str | os.PathLike[str],
         encoder: str | os.PathLike[str],
         inferer: Inferer | None = None,
+        weights: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.slides, self.index_dir, self.output_dir = Path(slides), Path(index_dir), Path(output_dir)
-        self.encoder, self.inferer, self.options = Path(encoder), inferer, kwargs
+        self.encoder, self.weights, self.inferer, self.options = encoder, weights, inferer, kwargs
 
     def run(self) -> RunReport:
         """Embed the slides and print the summary.
@@ -368,8 +357,8 @@ class FeatureEmbedder:
             CheckpointError: when the encoder cannot be loaded.
         """
         records = read_slide_table(self.slides)
-        encoder, meta = load_encoder(self.encoder, self.options.get("device", "cpu"))
-        name = str(meta.get("name") or self.encoder.stem)
+        encoder, meta = open_encoder(self.encoder, self.weights, self.options.get("device", "cpu"))
+        name = str(meta["name"])
         report = embed_slides(
             records, self.index_dir, self.output_dir, encoder, name, inferer=self.inferer, **self.options
         )

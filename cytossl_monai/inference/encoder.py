@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from cytossl_monai.networks.files import FORMAT, load_encoder
+from cytossl_monai.networks.files import FORMAT
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+from cytossl_monai.networks.open import open_encoder
 from cytossl_monai.utils.errors import CheckpointError
 
 __all__ = ["bundle_encoder", "require_trained_encoder"]
 
 
 def bundle_encoder(
-    path: str | os.PathLike[str], network: nn.Module | None = None, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    network: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    weights: str | os.PathLike[str] | None = None,
 ) -> Encoder:
     """The ``network_def`` of the bundle: the encoder in ``path``, or where there is none an untrained one.
 
@@ -28,17 +32,17 @@ def bundle_encoder(
     ``ckpt_export`` gives it.
 
     Args:
-        path: encoder file, as `save_encoder` writes it; may be absent.
+        path: any encoder that `open_encoder` opens; a ``.pt`` file may be absent.
         network: the stand-in's network where it is absent; None is ``sr_vit_tiny``.
         device: where to put it.
+        weights: the weights' file or folder, where ``path`` is a card.
     """
-    path = Path(path)
-    if path.is_file():
-        encoder, meta = load_encoder(path, device)
-        encoder.trained, encoder.meta = True, meta  # type: ignore[assignment]
+    if weights is not None or Path(path).exists() or Path(path).suffix not in (".pt", ".ts"):
+        encoder, _ = open_encoder(path, weights, device)
+        encoder.trained = True  # type: ignore[assignment]
     else:
         encoder = Encoder(network or sr_vit_tiny()).to(device).eval()
-        encoder.trained, encoder.meta = False, {}  # type: ignore[assignment]
+        encoder.trained = False  # type: ignore[assignment]
     encoder.source = str(path)  # type: ignore[assignment]
     encoder.register_load_state_dict_pre_hook(_unwrap)
     return encoder

@@ -16,8 +16,9 @@ from monai.inferers import Inferer, SimpleInferer
 
 from cytossl_monai.data.bags.features import read_features
 from cytossl_monai.inference.ahead import AheadLoader
-from cytossl_monai.inference.embed import EmbedTimes, embed_to_file, is_current, warn_of_tile_size
+from cytossl_monai.inference.embed import EmbedTimes, embed_to_file, is_current
 from cytossl_monai.inference.encoder import require_trained_encoder
+from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_tile_size
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.utils.errors import failure
 from cytossl_monai.utils.parallel import default_workers
@@ -44,13 +45,15 @@ class SlideEvaluator(Evaluator):
         report: where each slide is told.
         inferer: MONAI inferer that calls the encoder on batches of tiles.
         postprocessing: transforms of an item with features; what they raise is that slide's failure.
-        batch_size: tiles at once.
+        batch_size: tiles at once; None finds once what fits.
         amp: bfloat16 autocast.
         num_threads: decoding threads (cuCIM); None takes one for each CPU core.
         dtype: how features are stored.
         encoder_name: kept in the feature files.
         val_handlers: Ignite handlers; ``engine.state.output`` is the item.
         progress: show progress bars.
+        channels_last: see `prepare_encoder`.
+        compile: see `prepare_encoder`.
     """
 
     def __init__(
@@ -62,13 +65,15 @@ class SlideEvaluator(Evaluator):
         report: RunReport,
         inferer: Inferer | None = None,
         postprocessing: Callable[[dict[str, Any]], Any] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = 32,
         amp: bool = False,
         num_threads: int | None = None,
         dtype: Literal["float32", "float16"] = "float32",
         encoder_name: str = "",
         val_handlers: Sequence[Any] | None = None,
         progress: bool = True,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             device=torch.device(device), val_data_loader=val_data_loader, val_handlers=val_handlers, decollate=False
@@ -77,7 +82,7 @@ class SlideEvaluator(Evaluator):
         self.features_dir, self.report = Path(features_dir), report
         self.batch_size, self.use_amp, self.dtype = batch_size, amp, dtype
         self.num_threads = default_workers() if num_threads is None else num_threads
-        self.encoder_name, self.progress = encoder_name, progress
+        self.encoder_name, self.progress, self.switches = encoder_name, progress, (channels_last, compile)
         # The epoch ends before the run does: handlers of COMPLETED find every file written.
         self.add_event_handler(Events.EPOCH_COMPLETED, self._wait)
         self._hash, self._warned = "", False
@@ -91,8 +96,8 @@ class SlideEvaluator(Evaluator):
             CheckpointError: before the first slide, when encoder or classifier are missing or do not belong together.
         """
         require_trained_encoder(self.network)
-        self.network = self.network.to(self.state.device).eval()
         self._hash = encoder_hash(self.network)
+        self.network = prepare_encoder(self.network, self.state.device, *self.switches)
         prepare = getattr(self.postprocess, "prepare", None)
         if prepare is not None:
             prepare(self.network, self._hash)
@@ -133,12 +138,14 @@ class SlideEvaluator(Evaluator):
         if told is not None:
             return str(told)
         record, index = item["record"], item["index"]
-        self._warned = self._warned or warn_of_tile_size(self.network, index.tile_size)
+        self._warned = self._warned or warn_of_tile_size(self.network, index.tile_size, index.mpp)
         path = self.features_dir / f"{record.slide_id}.h5"
         item["features_path"], item["times"] = str(path), EmbedTimes()
         if is_current(path, record.path, index, self._hash, self.dtype):
             item["features"] = read_features(path, self._hash).features
             return None
+        if self.batch_size is None:
+            self.batch_size = fitting_batch(self.network, index.tile_size, self.state.device, self.use_amp)
         features = embed_to_file(
             path,
             record,

@@ -107,6 +107,10 @@ class SlideEvidence(Transform):
             "hash": encoder_hash,
             "file": getattr(encoder, "source", None),
         }
+        if meta.get("license"):
+            self.encoder["license"] = str(meta["license"])
+        if meta.get("commercial") is False:
+            self.encoder["commercial"] = False
         known = self.classifier.encoder
         if known["hash"] is not None and known["hash"] != encoder_hash:
             raise CheckpointError(

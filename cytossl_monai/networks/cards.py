@@ -233,13 +233,16 @@ def _checked_file(card: EncoderCard, weights: str | os.PathLike[str]) -> Path:
 
 
 def card_encoder(
-    card: EncoderCard | str | os.PathLike[str], weights: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    card: EncoderCard | str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Encoder:
     """The encoder of a card, with its weights, normalisation and pooling, in evaluation mode.
 
     Args:
         card: the card or its path.
         weights: see `card_network`.
+        changes: see `card_network`.
 
     Raises:
         CheckpointError: as `card_network` does; where weights are needed and not given, it says where they are to be
@@ -252,11 +255,12 @@ def card_encoder(
             f"{where}: needs the weights: give their file or folder (--weights). {card.where_to_get} Nothing is "
             "downloaded by itself."
         )
-    network = card_network(card, weights)
+    network = card_network(card, weights, **changes)
     try:
         encoder = Encoder(network, card.pool, card.mean, card.std)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     if card.embed_dim is not None and encoder.embed_dim != card.embed_dim:
         raise CheckpointError(f"{where}: embed_dim is {card.embed_dim}, but the network gives {encoder.embed_dim}.")
+    encoder.meta = card.meta()
     return encoder.eval()

@@ -12,12 +12,12 @@ from torch import nn
 
 from cytossl_monai.networks.cards import card_encoder, read_card
 from cytossl_monai.networks.files import load_encoder
-from cytossl_monai.networks.nets.encoder import Encoder
+from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.program import CallableNetwork, ProgramNetwork, is_program
 from cytossl_monai.networks.weight_files import HUB
 from cytossl_monai.utils.errors import CheckpointError
 
-__all__ = ["open_encoder"]
+__all__ = ["check_made_by", "open_encoder"]
 
 
 def open_encoder(
@@ -40,6 +40,41 @@ def open_encoder(
     Raises:
         CheckpointError: where something is missing or does not fit, saying what to do.
     """
+    opened, meta = _open(encoder, weights, device)
+    opened.meta = meta
+    return opened, meta
+
+
+def check_made_by(
+    known: Mapping[str, Any],
+    encoder: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> None:
+    """Hold features to the encoder that they are said to come from.
+
+    Args:
+        known: ``hash``, ``name`` and ``dim`` of the features' encoder; a hash of None fits any encoder of that width.
+        encoder: as for `open_encoder`.
+        weights: as for `open_encoder`.
+
+    Raises:
+        CheckpointError: where it is another, or cannot be opened.
+    """
+    opened, meta = open_encoder(encoder, weights)
+    digest = encoder_hash(opened)
+    if known.get("hash") not in (None, digest) or (known.get("hash") is None and known["dim"] != opened.embed_dim):
+        raise CheckpointError(
+            f"the features were made by {known.get('name') or 'an encoder'} ({known.get('hash') or 'no hash'}, "
+            f"{known['dim']} a tile), not by {meta['name']} ({digest}, {opened.embed_dim}) of {encoder}: embed the "
+            "slides with this encoder, or name the one that was used."
+        )
+
+
+def _open(
+    encoder: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Mapping[str, Any] | None,
+    device: str | torch.device,
+) -> tuple[Encoder, dict[str, Any]]:
     text, path = str(encoder), Path(encoder)
     if path.suffix.lower() in (".yaml", ".yml"):
         card = read_card(path)

@@ -162,6 +162,12 @@ def _verdict(told: Mapping[str, Any]) -> str:
     )
 
 
+def _licence(encoder: Mapping[str, Any]) -> str:
+    """The encoder's licence as the end of a line, where it is known."""
+    terms = ", not for commercial use" if encoder.get("commercial") is False else ""
+    return f"; under {encoder['license']}{terms}" if encoder.get("license") else ""
+
+
 def _meaning(told: Mapping[str, Any]) -> str:
     if told["negative_class"] is None:
         return "the largest probability of a finding"
@@ -278,7 +284,7 @@ def _made(told: Mapping[str, Any], links: Mapping[str, str]) -> str:
         ("Slide file", told["slide"]["path"]),
         ("Slide fingerprint", told["made_from"]["slide"]),
         ("Resolution", f"{told['slide']['mpp']:.4g} µm/px, from the {told['slide']['mpp_source']}"),
-        ("Encoder", f"{told['encoder']['name']}, {told['encoder']['hash']}"),
+        ("Encoder", f"{told['encoder']['name']}, {told['encoder']['hash']}{_licence(told['encoder'])}"),
         ("Classifier", f"{told['classifier']['hash']}, {_methods(told)}"),
         ("Software", ", ".join(f"{name} {version}" for name, version in told["software"].items())),
         ("Made", told["made"]),

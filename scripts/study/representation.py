@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cytossl_monai.engines.study.representation import encode, labelled_task, probe
-from cytossl_monai.networks import build_encoder, load_encoder
+from cytossl_monai.networks import Encoder, build_encoder, card_network, open_encoder, read_card
 from cytossl_monai.transforms import segment_instances
 from cytossl_monai.utils.files import write_text
 
@@ -35,19 +35,33 @@ def plain_features(images: torch.Tensor, mpp: float) -> np.ndarray:
     return np.asarray(rows, dtype=np.float32)
 
 
+def random_twin(trained: Encoder, source: str) -> Encoder | None:
+    """The same encoder with random weights; None for a program, which cannot be built anew."""
+    if Path(source).suffix in (".yaml", ".yml"):
+        card = read_card(source)
+        if card.architecture in ("program", "callable"):
+            return None
+        return Encoder(card_network(card, None), card.pool, card.mean, card.std).eval()
+    if not hasattr(trained.network, "config"):
+        return None
+    return build_encoder(torch.load(source, map_location="cpu", weights_only=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, required=True, help="model.pt that pretraining wrote")
+    parser.add_argument(
+        "--encoder", required=True, help="model.pt that pretraining wrote, or any that open_encoder opens"
+    )
+    parser.add_argument("--weights", help="the weights' file or folder, where the encoder is a card")
     parser.add_argument("--data", type=Path, required=True, help="folder with cells/ and cric/")
     parser.add_argument("--out", type=Path, help="Markdown table to write")
     parser.add_argument("--field", type=int, default=192, help="side of the crop in pixels at 0.25 um/px")
     parser.add_argument("--size", type=int, default=96, help="side that the encoder sees")
     args = parser.parse_args()
 
-    trained, _ = load_encoder(args.encoder)
+    trained, _ = open_encoder(args.encoder, args.weights)
     torch.manual_seed(0)
-    saved = torch.load(args.encoder, map_location="cpu", weights_only=True)
-    untrained = build_encoder(saved)
+    untrained = random_twin(trained, args.encoder)
 
     lines = ["| task | features | kNN | linear probe |", "|---|---|---|---|"]
     print("\n".join(lines))
@@ -58,7 +72,7 @@ def main() -> None:
     ):
         for kind, features in (
             ("(a) pretrained", encode(trained, task.images)),
-            ("(b) random weights", encode(untrained, task.images)),
+            *([("(b) random weights", encode(untrained, task.images))] if untrained else []),
             ("(c) colour and nuclear area", plain_features(task.images, task.mpp)),
         ):
             if kind.startswith("(c)"):  # units differ: without scaling the areas alone would decide who is near

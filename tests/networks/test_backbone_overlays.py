@@ -28,7 +28,11 @@ def laid_over(repo_root: Path, name: str, **changes: object) -> ConfigParser:
 
 
 def test_every_overlay_is_tested(repo_root: Path) -> None:
-    assert {path.stem for path in (repo_root / "configs" / "backbone").glob("*.yaml")} == {*WIDTHS, "published_vit"}
+    assert {path.stem for path in (repo_root / "configs" / "backbone").glob("*.yaml")} == {
+        *WIDTHS,
+        "published_vit",
+        "encoder_card",
+    }
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -109,3 +113,34 @@ def test_moco_v3_takes_the_resnet(repo_root: Path) -> None:
     )
     parser["head_hidden_dim"] = 16
     assert parser.get_parsed_content("method").student.embed_dim == 2048
+
+
+def test_a_card_is_trained_on_with_its_normalisation(repo_root: Path, tmp_path: Path) -> None:
+    card = {
+        "name": "small",
+        "network": {"patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 10},
+        "tile_size": 32,
+        "mean": [0.7, 0.6, 0.7],
+        "license": "CC-BY-NC-4.0",
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(card))
+    torch.manual_seed(0)
+    made = SRTransformer(
+        3, 32, qkv_bias=True, class_token=True, norm_eps=1e-6, **card["network"], rpe=None, sparsity="none"
+    )
+    torch.save(made.state_dict(), tmp_path / "small.pth")
+    parser = laid_over(
+        repo_root,
+        "encoder_card",
+        card=str(tmp_path / "small.yaml"),
+        weights=str(tmp_path / "small.pth"),
+        num_salient=4,
+        attention_window=1,
+    )
+    encoder = parser.get_parsed_content("encoder")
+    assert parser.get_parsed_content("backbone") is encoder.network
+    assert encoder.network.blocks[0].attn.sparsity == "routed"
+    assert encoder.network.blocks[0].attn.irpe is not None
+    torch.testing.assert_close(encoder.network.blocks[1].mlp.linear1.weight, made.blocks[1].mlp.linear1.weight)
+    torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([0.7, 0.6, 0.7]))
+    assert encoder.meta["license"] == "CC-BY-NC-4.0"

@@ -23,6 +23,7 @@ from cytossl_monai.metrics.bootstrap import Interval
 from cytossl_monai.networks.mil.checkpoint import load_classifier, network_config, save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
+from cytossl_monai.networks.open import check_made_by
 from cytossl_monai.utils.errors import CheckpointError, TableError
 from cytossl_monai.utils.files import file_fingerprint, write_json
 from cytossl_monai.utils.parallel import default_workers, run_parallel
@@ -111,6 +112,8 @@ def cross_validate(
     overrides: Mapping[str, Any] | None = None,
     num_workers: int | None = None,
     n_resamples: int = 2000,
+    encoder: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> CrossValidation:
     """Train k classifiers, each without one fold of the patients, and judge each slide by the one that never saw it.
 
@@ -133,6 +136,8 @@ def cross_validate(
         overrides: values to set in it.
         num_workers: folds at a time; None: one a core on a CPU, 1 with CUDA; 0: all in this process.
         n_resamples: draws of the bootstrap.
+        encoder: the encoder that the features must come from, see `open_encoder`; None takes any.
+        weights: its weights, where it is a card.
 
     Returns:
         figures and predictions.
@@ -140,11 +145,14 @@ def cross_validate(
     Raises:
         TableError: for folds that cannot be (see ``data.bags.splits``), fewer than three.
         FeatureError: for features that cannot be used.
+        CheckpointError: for features of another encoder than the one named.
         RuntimeError: when a fold failed; the message names it, the finished ones are kept.
     """
     output_dir, files = Path(output_dir), (str(config), *(str(path) for path in overlays))
     items = bag_items(slides, features_dir, target, classes)
-    encoder = bag_encoder(items)
+    made_by = bag_encoder(items)
+    if encoder is not None:
+        check_made_by(made_by, encoder, weights)
     folds = fold_numbers(items, n_folds, seed)
     numbers = sorted(set(folds.tolist()))
     if len(numbers) < 3:
@@ -206,7 +214,7 @@ def cross_validate(
         MILEnsemble([m.network for m in members], target, [float(m.temperature) for m in members]),
         members[0].classes,
         target,
-        encoder=encoder,
+        encoder=made_by,
         meta={"out_of_fold": {name: i.as_dict() for name, i in intervals.items()}, "n_slides": len(items)},
     )
     logger.info("ensemble of %s", [network_config(m.network)["_target_"] for m in members[:1]])

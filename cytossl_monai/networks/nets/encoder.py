@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.networks.nets.vit import ViT
@@ -34,6 +35,9 @@ class Encoder(nn.Module):
     Raises:
         ValueError: for another pool, or ``cls`` where the network has no class token. Where only the output shows what
             the network gives, `forward` raises it.
+
+    Attributes:
+        meta: what is known beside the weights, plain data: name, tile size, mpp, licence.
     """
 
     mean: Tensor
@@ -59,6 +63,7 @@ class Encoder(nn.Module):
             raise ValueError(f"mean and std need one number a channel, std above 0; got {list(mean)} and {list(std)}.")
         self.network = network
         self.pool = pool
+        self.meta: dict[str, Any] = {}
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, -1, 1, 1))
 

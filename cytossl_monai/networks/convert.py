@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cytossl_monai.networks.blocks.gated_mlp import GATES
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.networks.weight_files import read_weights
-from cytossl_monai.networks.weights import grid_of, load_vit_weights, rename_weights
+from cytossl_monai.networks.weights import PROJECTION, grid_of, load_vit_weights, rename_weights
 from cytossl_monai.utils.errors import CheckpointError
 
 __all__ = ["to_sr_transformer"]
@@ -34,9 +34,10 @@ def _arguments_of_state(
     """Constructor arguments that a ViT's weights (under our names) imply; the image's size is guessed if not given."""
     projection = state.get("patch_embedding.patch_embeddings.weight")
     blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if projection is None or projection.dim() != 4 or not blocks:
+    stem = _arguments_of_stem(state)
+    if (stem is None and (projection is None or projection.dim() != 4)) or not blocks:
         raise CheckpointError(f"holds no 2D ViT (entries such as {sorted(state)[:3]}).")
-    width = projection.shape[0]
+    width = state["norm.weight"].shape[0] if projection is None else projection.shape[0]
     hidden, back = (state.get(f"blocks.0.mlp.linear{layer}.weight") for layer in (1, 2))
     if hidden is None or back is None or hidden.shape[0] not in (back.shape[1], 2 * back.shape[1]):
         raise CheckpointError("has an MLP that is neither two layers nor gated: it cannot become an SRTransformer.")
@@ -44,7 +45,12 @@ def _arguments_of_state(
     position = state.get("pos_embed", state.get("patch_embedding.position_embeddings"))
     registers = state.get("register_tokens")
     count = 0 if registers is None else registers.shape[1]
-    patch = (int(projection.shape[2]), int(projection.shape[3]))
+    if stem is not None:
+        patch = stem["patch_size"]
+    else:
+        assert projection is not None
+        patch = (int(projection.shape[2]), int(projection.shape[3]))
+        stem = {"in_channels": int(projection.shape[1]), "patch_size": patch}
     has_cls = "cls_token" in state
     if img_size is None and position is None:
         img_size = (14 * patch[0], 14 * patch[1])
@@ -63,9 +69,8 @@ def _arguments_of_state(
             )
         num_heads = width // 64
     return {
-        "in_channels": int(projection.shape[1]),
+        **stem,
         "img_size": img_size,
-        "patch_size": patch,
         "hidden_size": width,
         "mlp_dim": int(back.shape[1]),
         "mlp_type": mlp_type or ("swiglu" if gated else "gelu"),
@@ -78,6 +83,25 @@ def _arguments_of_state(
         "num_register_tokens": count,
         "layer_scale": 1.0 if "blocks.0.scale1.gamma" in state else None,
         "norm_eps": 1e-6,
+    }
+
+
+def _arguments_of_stem(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Constructor arguments that a convolutional stem's weights imply, or None where there is no such stem."""
+    kernels = {
+        int(match[1]): value
+        for name, value in state.items()
+        if (match := re.fullmatch(rf"{re.escape(PROJECTION)}\.(\d+)\.weight", name)) and value.dim() == 4
+    }
+    if 0 not in kernels:
+        return None
+    side = 2 ** (len(kernels) - 1)  # all but the last halve the image
+    batch = f"{PROJECTION}.1.running_mean" in state
+    return {
+        "in_channels": int(kernels[0].shape[1]),
+        "patch_size": (side, side),
+        "patch_embedding": "stem",
+        "stem_norm": "batch" if batch else "group",
     }
 
 

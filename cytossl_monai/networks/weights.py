@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.networks.blocks.patch_embedding import resize_position_embeddings
+from cytossl_monai.networks.blocks.stem import ConvolutionalStem
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.networks.weight_files import read_weights
 from cytossl_monai.utils.errors import CheckpointError
@@ -23,6 +24,7 @@ __all__ = ["LoadReport", "NamedWeights", "convert_state_dict", "grid_of", "load_
 _CONTAINERS = ("teacher", "model", "state_dict", "student", "model_state_dict")
 
 
+PROJECTION = "patch_embedding.patch_embeddings"
 _PREFIXES = ("module.", "backbone.", "encoder.", "network.", "base_encoder.")
 
 
@@ -215,6 +217,7 @@ def convert_state_dict(
         out[table] = resize_position_embeddings(out[table], old, new_grid, **(resize or {}))
         report.changed.append(f"position embeddings resized from {old[0]} x {old[1]} to {new_grid[0]} x {new_grid[1]}")
     own = network.state_dict()
+    _check_stem(out, own, isinstance(network.patch_embedding, ConvolutionalStem))
     blocks = {int(match[1]) for name in out if (match := re.match(r"blocks\.(\d+)\.", name))}
     if not blocks:
         raise CheckpointError(f"holds no ViT that is known here (entries such as {sorted(state)[:3]}).")
@@ -231,6 +234,29 @@ def convert_state_dict(
                 )
             del out[name]
     return out, report
+
+
+def _check_stem(state: Mapping[str, Tensor], own: Mapping[str, Tensor], wants_stem: bool) -> None:
+    """Refuse weights whose patch tokens are made in another way than the network's; a part of them would stay random.
+
+    Raises:
+        CheckpointError: says what the file has and what the network has.
+    """
+    has_stem = PROJECTION + ".0.weight" in state
+    if not has_stem and PROJECTION + ".weight" not in state:
+        return
+    if has_stem != wants_stem:
+        kinds = {True: "a convolutional stem", False: "a patch projection"}
+        raise CheckpointError(
+            f"has {kinds[has_stem]}, the network {kinds[wants_stem]}. Build it with patch_embedding="
+            f"{'stem' if has_stem else 'patch'!r}."
+        )
+    parts = [{name for name in names if name.startswith(PROJECTION + ".")} for names in (state, own)]
+    if has_stem and parts[0] != parts[1]:
+        raise CheckpointError(
+            f"has another stem than the network: they differ in {sorted(parts[0] ^ parts[1])[:3]}. Build the network with "
+            "the file's patch_size and stem_norm."
+        )
 
 
 def _extras(number: int, cells: int, registers: int, grid: tuple[int, int] | None) -> list[int]:

@@ -87,8 +87,8 @@ class PatchEmbedding(PatchEmbeddingBlock):
             raise ValueError(f"An image of {height} x {width} pixels does not divide into patches of {rows} x {cols}.")
         return height // rows, width // cols
 
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, N, C), without positions."""
+    def embed(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """(B, C_in, H, W) -> (B, N, C), without positions; ``hidden`` (B, N) is for embeddings whose tokens overlap."""
         x = self.patch_embeddings(x)
         return x.flatten(2).transpose(-1, -2) if self.proj_type == "conv" else x
 

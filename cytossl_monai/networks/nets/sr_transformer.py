@@ -14,9 +14,22 @@ from cytossl_monai.networks.blocks.irpe import RPEConfig
 from cytossl_monai.networks.blocks.patch_embedding import PatchEmbedding
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.sr_block import SRBlock
+from cytossl_monai.networks.blocks.stem import ConvolutionalStem
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
-__all__ = ["Features", "SRTransformer", "sr_vit_base", "sr_vit_small", "sr_vit_tiny", "vit_small"]
+__all__ = [
+    "Features",
+    "SRTransformer",
+    "sr_vit_base",
+    "sr_vit_base_stem",
+    "sr_vit_small",
+    "sr_vit_small_stem",
+    "sr_vit_tiny",
+    "sr_vit_tiny_stem",
+    "vit_small",
+]
+
+PATCH_EMBEDDINGS = ("patch", "stem")
 
 RPEArgument = RPEConfig | Mapping[str, Any] | str | None
 
@@ -77,6 +90,9 @@ class SRTransformer(nn.Module):
         mlp_type: ``gelu`` (two layers) or a gated MLP: ``swiglu`` (DINOv2, timm), ``swiglu_last``, ``geglu``, ``glu``;
             ``mlp_dim`` is then the width of each half.
         qk_norm: layer norms over each head's queries and keys.
+        patch_embedding: ``patch`` (one projection of each patch, a ViT's) or ``stem`` (see `ConvolutionalStem`; the
+            patch is then square and a power of two, ``proj_type`` is ``conv``).
+        stem_norm: normalisation in the stem, ``batch`` or ``group``.
 
     Raises:
         ValueError: for arguments outside what is described.
@@ -114,6 +130,8 @@ class SRTransformer(nn.Module):
         norm_eps: float = 1e-5,
         mlp_type: str = "gelu",
         qk_norm: bool = False,
+        patch_embedding: str = "patch",
+        stem_norm: str = "batch",
     ) -> None:
         if num_layers < 1 or num_register_tokens < 0:
             raise ValueError(
@@ -132,9 +150,21 @@ class SRTransformer(nn.Module):
             raise ValueError("classification needs the class token: leave class_token out or set it.")
         has_class_token = classification if class_token is None else class_token
         sizes, patches = _pair(img_size, "img_size"), _pair(patch_size, "patch_size")
-        self.patch_embedding = PatchEmbedding(
-            in_channels, sizes, patches, hidden_size, num_heads, proj_type, pos_embed_type, dropout_rate
-        )
+        if patch_embedding not in PATCH_EMBEDDINGS:
+            raise ValueError(
+                f"patch_embedding must be one of {', '.join(PATCH_EMBEDDINGS)}; got {patch_embedding!r}."
+            )
+        self.patch_embedding: PatchEmbedding
+        if patch_embedding == "stem":
+            if proj_type != "conv":
+                raise ValueError(f"A stem is made of convolutions: leave proj_type at 'conv'; got {proj_type!r}.")
+            self.patch_embedding = ConvolutionalStem(
+                in_channels, sizes, patches, hidden_size, num_heads, pos_embed_type, dropout_rate, stem_norm
+            )
+        else:
+            self.patch_embedding = PatchEmbedding(
+                in_channels, sizes, patches, hidden_size, num_heads, proj_type, pos_embed_type, dropout_rate
+            )
         rows, cols = self.patch_embedding.grid
         sparsities = _per_layer(sparsity, num_layers, "sparsity")
         if "routed" in sparsities and num_salient > rows * cols:
@@ -278,9 +308,8 @@ class SRTransformer(nn.Module):
         cells = grid[0] * grid[1]
         if foreground is None and keep is None and self.drop_background is not None:
             foreground = foreground_patches(x, self.patch_size, **self.drop_background)
-        tokens = self.patch_embedding.embed(x)
+        tokens = self.patch_embedding.embed(x, _unseen(mask, keep, batch, cells))
         if mask is not None:
-            _check_mask(mask, batch, cells, "mask")
             if mask_token is None:
                 raise ValueError("mask needs mask_token: the embedding that replaces masked patches.")
             tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
@@ -290,10 +319,6 @@ class SRTransformer(nn.Module):
         if keep is not None:
             if foreground is not None:
                 raise ValueError("Give keep or foreground, not both.")
-            if keep.dim() != 2 or keep.shape[0] != batch or keep.dtype != torch.long or not 0 < keep.shape[1] <= cells:
-                raise ValueError(
-                    f"keep must be int64 ({batch}, K) with K from 1 to {cells}; got {keep.dtype} {tuple(keep.shape)}."
-                )
             tokens = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
             layout.positions = keep
         if foreground is None:
@@ -321,6 +346,20 @@ class SRTransformer(nn.Module):
 
 def _with_prefix(mask: Tensor, num_prefix: int) -> Tensor:
     return torch.cat([mask.new_ones(mask.shape[0], num_prefix), mask], dim=1)
+
+
+def _unseen(mask: Tensor | None, keep: Tensor | None, batch: int, cells: int) -> Tensor | None:
+    """(B, N) bool of the patches whose pixels no token may see: masked ones (iBOT), and those not kept (MAE)."""
+    if mask is not None:
+        _check_mask(mask, batch, cells, "mask")
+    if keep is None:
+        return mask
+    if keep.dim() != 2 or keep.shape[0] != batch or keep.dtype != torch.long or not 0 < keep.shape[1] <= cells:
+        raise ValueError(
+            f"keep must be int64 ({batch}, K) with K from 1 to {cells}; got {keep.dtype} {tuple(keep.shape)}."
+        )
+    left_out = torch.ones(batch, cells, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
+    return left_out if mask is None else left_out | mask
 
 
 def _check_mask(mask: Tensor, batch: int, cells: int, name: str) -> None:
@@ -414,6 +453,24 @@ def sr_vit_small(**kwargs: Any) -> SRTransformer:
 def sr_vit_base(**kwargs: Any) -> SRTransformer:
     """SR-Transformer of ViT-Base's size (width 768, 12 heads, 12 layers), patch 16; arguments override."""
     return _vit(768, 12, _SR, kwargs)
+
+
+_STEM = {**_SR, "patch_embedding": "stem"}
+
+
+def sr_vit_tiny_stem(**kwargs: Any) -> SRTransformer:
+    """`sr_vit_tiny` with a convolutional stem, of stride 16 unless ``patch_size`` says another; arguments override."""
+    return _vit(192, 3, _STEM, kwargs)
+
+
+def sr_vit_small_stem(**kwargs: Any) -> SRTransformer:
+    """`sr_vit_small` with a convolutional stem, of stride 16 unless ``patch_size`` says another; arguments override."""
+    return _vit(384, 6, _STEM, kwargs)
+
+
+def sr_vit_base_stem(**kwargs: Any) -> SRTransformer:
+    """`sr_vit_base` with a convolutional stem, of stride 16 unless ``patch_size`` says another; arguments override."""
+    return _vit(768, 12, _STEM, kwargs)
 
 
 def vit_small(**kwargs: Any) -> SRTransformer:

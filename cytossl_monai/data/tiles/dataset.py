@@ -204,15 +204,19 @@ class TileDataset(Dataset[Item]):
 
     def _item(self, number: int, sample: int, image: np.ndarray | None) -> Item:
         assert image is not None
+        pixels = torch.from_numpy(np.ascontiguousarray(image))
+        return {"image": pixels, "mpp": np.float32(self._mpp[number]), **self.about(number, sample)}
+
+    def about(self, number: int, sample: int) -> Item:
+        """What an item says beside its pixels and their scale: ``slide_id``, ``x``, ``y``, ``sample``."""
         x, y = self._xy[number]
-        return {
-            "image": torch.from_numpy(np.ascontiguousarray(image)),
-            "mpp": np.float32(self._mpp[number]),
-            "slide_id": self.slide_ids[int(self.groups[number])],
-            "x": int(x),
-            "y": int(y),
-            "sample": sample,
-        }
+        slide_id = self.slide_ids[int(self.groups[number])]
+        return {"slide_id": slide_id, "x": int(x), "y": int(y), "sample": sample}
+
+    def cache_key(self) -> dict[str, Any]:
+        """What the pixels of the items depend on, for `TileCache`: files, arrays and settings."""
+        arrays = [self.groups, self._xy, self._mpp, self._size, np.asarray(self._level0_mpp)]
+        return {"files": self.slide_paths, "arrays": arrays, "settings": {"backend": self.pool.backend}}
 
     def __getitem__(self, key: Key) -> Item:
         return self.__getitems__([key])[0]
@@ -268,6 +272,12 @@ class MixedDataset(Dataset[Item]):
                 # Sources may carry further keys (labels); a batch needs the same ones throughout.
                 items[int(slot)] = {key: item[key] for key in self.KEYS}
         return apply_transform(self.transform, [item for item in items if item is not None])
+
+    def about(self, number: int, sample: int) -> Item:
+        """As `TileDataset.about`, of the source that the item is from."""
+        owner = int(np.searchsorted(self._ends, number, side="right"))
+        item: Item = self.sources[owner].about(int(number - self.offsets[owner]), sample)
+        return item
 
     def __getitem__(self, key: Key) -> Item:
         return self.__getitems__([key])[0]

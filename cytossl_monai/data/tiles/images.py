@@ -214,19 +214,22 @@ class ImageFolder(Dataset[Item]):
         """Read many images."""
         items = []
         for number, sample in zip(*split_keys(keys)):
-            record = self.records[number]
             image, mpp = self._read(int(number))
-            items.append(
-                {
-                    "image": torch.from_numpy(image),
-                    "mpp": np.float32(mpp),
-                    "slide_id": record.path.stem,
-                    "x": int(record.x or 0),
-                    "y": int(record.y or 0),
-                    "sample": int(sample),
-                }
-            )
+            about = self.about(int(number), int(sample))
+            items.append({"image": torch.from_numpy(image), "mpp": np.float32(mpp), **about})
         return apply_transform(self.transform, items)
+
+    def about(self, number: int, sample: int) -> Item:
+        """What an item says beside its pixels and their scale: ``slide_id``, ``x``, ``y``, ``sample``."""
+        record = self.records[number]
+        return {"slide_id": record.path.stem, "x": int(record.x or 0), "y": int(record.y or 0), "sample": sample}
+
+    def cache_key(self) -> dict[str, Any]:
+        """What the pixels of the items depend on, for `TileCache`: files, arrays and settings."""
+        places = [[np.nan if at is None else at for at in (r.x, r.y)] for r in self.records]
+        names = [str(record.path) for record in self.records]
+        settings = {"size": self.size, "mpp": self.mpp, "fit": self.fit, "crop": self.crop, "side": self.side}
+        return {"files": sorted(set(names)), "arrays": [np.asarray(places)], "settings": {**settings, "names": names}}
 
     def __getitem__(self, key: Key) -> Item:
         return self.__getitems__([key])[0]

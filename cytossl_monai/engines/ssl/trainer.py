@@ -255,6 +255,7 @@ class SSLTrainer(Trainer):
             batchdata = dict(zip(("image", "mpp"), batchdata))
         batch = batch_to(batchdata, self.state.device, self.non_blocking)
         images, mpp = batch["image"], batch["mpp"]
+        nuclei = batch.get("nuclei")  # as a `TileCache` gives them; None: the views find them
         size = self.view_group or len(images)
         if len(images) % size:
             raise ValueError(f"view_group {size} does not divide the batch of {len(images)}")
@@ -264,7 +265,8 @@ class SSLTrainer(Trainer):
             # A generator of the CPU: where views are drawn does not depend on the device that makes them.
             generator = torch.Generator().manual_seed(derive_seed(self.seed, _VIEWS, step, rank() * groups + group))
             part = slice(group * size, (group + 1) * size)
-            drawn.append(self.views(images[part], mpp[part], generator=generator))
+            known = {} if nuclei is None else {"masks": nuclei[part]}
+            drawn.append(self.views(images[part], mpp[part], generator=generator, **known))
         views = dict(drawn[0]) if groups == 1 else join_views(drawn)
         if self.channels_last:
             for key in ("global", "local"):

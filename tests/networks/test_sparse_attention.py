@@ -235,3 +235,40 @@ def test_mask_of_reference_needs_no_scores_for_routed() -> None:
     a = attention_mask(torch.zeros(1, 2, 55, 55), q, q, layout, "routed", num_salient=3, window=1)
     b = attention_mask(torch.randn(1, 2, 55, 55), q, q, layout, "routed", num_salient=3, window=1)
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("grid", "window", "num_salient"), [((4, 3), 3, 2), ((6, 5), 1, 30), ((2, 7), 6, 0)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_where_every_patch_sees_every_other_nothing_is_looked_for(
+    grid: tuple[int, int], window: int, num_salient: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients are those of the reference, and no mask is made."""
+    from cytossl_monai.networks.blocks import sparse_attention as module
+
+    torch.manual_seed(0)
+    cells = grid[0] * grid[1]
+    attention = SparseAttention(
+        24, 3, rpe={"method": "product", "on": "qk"}, sparsity="routed", num_salient=num_salient, window=window
+    ).double()
+    for name, parameter in attention.named_parameters():
+        if "irpe" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    layout = TokenLayout(2, grid, 1)
+    tokens = torch.randn(2, 1 + cells, 24, dtype=torch.float64, requires_grad=True)
+    if packed:
+        layout = TokenLayout(2, grid, 1, positions=torch.arange(cells).repeat(2), counts=[cells, cells])
+    monkeypatch.setattr(module, "attention_mask", lambda *_, **__: pytest.fail("a mask was made"))
+    out = attention(tokens.flatten(0, 1) if packed else tokens, layout).view(2, 1 + cells, 24)
+    query, key, value = attention.qkv(tokens).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+    settings = (attention.irpe, "routed", 1.0, num_salient, window)
+    expected = reference_attention(query, key, value, TokenLayout(2, grid, 1), *settings)[0]
+    expected = attention.out_proj(expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected)
+    mixed = torch.randn_like(out)
+    parameters = [tokens, *attention.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad((out * mixed).sum(), parameters),
+        torch.autograd.grad((expected * mixed).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)

@@ -141,7 +141,7 @@ class SparseAttention(nn.Module):
             ids = layout.remember(("pair ids", irpe.config), lambda: self._pair_ids(irpe, layout, key.device))
         key_mask = layout.key_mask()
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        if self.sparsity == "routed":
+        if self.sparsity == "routed" and not self._sees_all(layout):
             mask = attention_mask(
                 query.new_zeros(()).expand(*query.shape[:3], query.shape[2]),
                 query.detach() * self.head_dim**-0.5,
@@ -159,6 +159,10 @@ class SparseAttention(nn.Module):
             # The exporter replaces attention by its formula, whose result lies otherwise in memory: no view of it.
             out = out.clone(memory_format=torch.contiguous_format)
         return out.flatten(2)
+
+    def _sees_all(self, layout: TokenLayout) -> bool:
+        """Whether every patch sees every other, by its window or because all are salient: then nothing is routed."""
+        return max(layout.grid) <= self.window + 1 or self.num_salient >= layout.num_patches
 
     @staticmethod
     def _pair_ids(irpe: IRPE, layout: TokenLayout, device: torch.device) -> Tensor:

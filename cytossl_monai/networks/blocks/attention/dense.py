@@ -76,6 +76,8 @@ def attend(
         terms = None if ids is None else rpe_scores(query * scale, key, ids, tables, scale)
         if terms is not None and mask is not None:
             terms = terms.masked_fill(~mask, float("-inf"))
+        if terms is not None and mask is None and _products_pay(query):
+            return _by_products(query, key, value, terms, scale, dropout), None
         bias = mask if terms is None else terms
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout), None
 
@@ -96,6 +98,28 @@ def attend(
         buckets = buckets.scatter_add(-1, ids.expand(dropped.shape), dropped)
         output = output + buckets @ tables.value.to(dropped.dtype)
     return output, weights if need_weights else None
+
+
+def _products_pay(query: Tensor) -> bool:
+    """Whether plain batched products beat PyTorch's attention with learned terms: on a CPU, outside exported graphs.
+
+    There PyTorch has no kernel that gives the terms a gradient. It adds them in a pass of its own and looks for rows
+    without an open key, of which there are none where nothing is masked.
+    """
+    exporting = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return query.device.type == "cpu" and not exporting
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, terms: Tensor, scale: float, dropout: float) -> Tensor:
+    """Softmax attention of unmasked pairs: the terms are added inside the product of queries and keys."""
+    shape = query.shape[:-1] + key.shape[-2:-1]
+    rows = [part.reshape(-1, *part.shape[-2:]) for part in (query, key, value)]
+    terms = terms.expand(shape).reshape(-1, *shape[-2:])
+    scores = torch.baddbmm(terms, rows[0], rows[1].transpose(-2, -1), alpha=scale)
+    weights = scores.softmax(dim=-1)
+    if dropout > 0:
+        weights = F.dropout(weights, dropout)
+    return (weights.to(value.dtype) @ rows[2]).view(*shape[:-1], value.shape[-1])
 
 
 def _keep_best(scores: Tensor, keep: tuple[int, Tensor | None], num_prefix: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from cytossl_monai.transforms.kernels.chunks import chunks
 from cytossl_monai.transforms.kernels.resampling import halve
 
-__all__ = ["CropBoxes", "cut_views", "draw_boxes", "nuclear_cells"]
+__all__ = ["CropBoxes", "cut_views", "draw_boxes", "native_scale", "nuclear_cells"]
 
 _NUCLEUS_CELL = 8  # pixels a side of the cells among which the nucleus that a crop is centred on is drawn
 _ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is halved first; bilinear sampling alone is fine below
@@ -36,6 +36,34 @@ class CropBoxes:
     def of(self, rows: Tensor | slice) -> CropBoxes:
         """The boxes of some samples."""
         return CropBoxes(self.centre[rows], self.size[rows], self.axes[rows])
+
+
+def native_scale(view_size: int, tile_size: int, zoom: Sequence[float] = (1.0, 1.0)) -> tuple[float, float]:
+    """Part of a tile's area that views show at the tile's own scale, or ``zoom`` times enlarged.
+
+    The size of a nucleus tells a cell's kind; a crop of any share of the tile, resized, would not keep it.
+
+    Args:
+        view_size: side of a view in pixels.
+        tile_size: side of the tiles in pixels.
+        zoom: least and largest number of view pixels for one of the tile.
+
+    Returns:
+        least and largest part, as ``global_scale`` of ``ViewGenerator`` takes them.
+
+    Raises:
+        ValueError: where a view at the least zoom is larger than the tile.
+    """
+    low, high = (float(value) for value in zoom)
+    if not 0 < low <= high:
+        raise ValueError(f"zoom is {list(zoom)}; allowed are two numbers above 0, least and largest")
+    needed = math.ceil(view_size / low)
+    if needed > tile_size:
+        raise ValueError(
+            f"views of {view_size} px at zoom {low:g} show {needed} px, but tiles have {tile_size} px: set tile_size to "
+            f"{needed} or more, or view_size smaller"
+        )
+    return (view_size / high / tile_size) ** 2, (view_size / low / tile_size) ** 2
 
 
 def nuclear_cells(nuclei: Tensor) -> Tensor:

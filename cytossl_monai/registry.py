@@ -23,7 +23,13 @@ FACES = (
 )  # fmt: skip
 """The packages whose ``__all__`` is public."""
 
-_AMBIGUOUS = {"Encoder", "ResNetFeatures", "resnet50"}  # MONAI has these names itself: write their dotted path
+_AMBIGUOUS = {
+    "Encoder",
+    "ResNetFeatures",
+    "resnet10",
+    "resnet18",
+    "resnet50",
+}  # MONAI has these names itself: write their dotted path
 
 
 def short_names() -> dict[str, str]:

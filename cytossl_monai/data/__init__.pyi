@@ -18,6 +18,7 @@ from .slides.pool import SlidePool as SlidePool
 from .slides.slide import Slide as Slide
 from .slides.write import write_pyramid as write_pyramid
 from .synthetic.slides import make_slides as make_slides
+from .tiles.cache import TileCache as TileCache
 from .tiles.dataset import MixedDataset as MixedDataset, TileDataset as TileDataset
 from .tiles.images import ImageFolder as ImageFolder, list_images as list_images
 from .tiles.index_file import TileIndex as TileIndex
@@ -38,6 +39,7 @@ __all__ = [
     "Slide",
     "SlidePool",
     "SlideRecord",
+    "TileCache",
     "TileDataset",
     "TileIndex",
     "assign_folds",

@@ -27,14 +27,20 @@ from .nets.program import CallableNetwork as CallableNetwork, ProgramNetwork as 
 from .nets.resnet import (
     ResNetFeatures as ResNetFeatures,
     ResNetV2Features as ResNetV2Features,
+    SmallResNet as SmallResNet,
+    resnet10 as resnet10,
+    resnet18 as resnet18,
     resnet50 as resnet50,
     resnet50_v2 as resnet50_v2,
 )
 from .nets.sr_transformer import (
     SRTransformer as SRTransformer,
     sr_vit_base as sr_vit_base,
+    sr_vit_base_stem as sr_vit_base_stem,
     sr_vit_small as sr_vit_small,
+    sr_vit_small_stem as sr_vit_small_stem,
     sr_vit_tiny as sr_vit_tiny,
+    sr_vit_tiny_stem as sr_vit_tiny_stem,
     vit_small as vit_small,
 )
 from .open import open_encoder as open_encoder
@@ -59,6 +65,7 @@ __all__ = [
     "ResNetFeatures",
     "ResNetV2Features",
     "SRTransformer",
+    "SmallResNet",
     "TransMIL",
     "build_encoder",
     "bundle_network",
@@ -71,13 +78,18 @@ __all__ = [
     "open_encoder",
     "read_card",
     "require_trained",
+    "resnet10",
+    "resnet18",
     "resnet50",
     "resnet50_v2",
     "save_classifier",
     "save_encoder",
     "sr_vit_base",
+    "sr_vit_base_stem",
     "sr_vit_small",
+    "sr_vit_small_stem",
     "sr_vit_tiny",
+    "sr_vit_tiny_stem",
     "to_sr_transformer",
     "vit_small",
 ]

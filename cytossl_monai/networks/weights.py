@@ -254,8 +254,8 @@ def _check_stem(state: Mapping[str, Tensor], own: Mapping[str, Tensor], wants_st
     parts = [{name for name in names if name.startswith(PROJECTION + ".")} for names in (state, own)]
     if has_stem and parts[0] != parts[1]:
         raise CheckpointError(
-            f"has another stem than the network: they differ in {sorted(parts[0] ^ parts[1])[:3]}. Build the network with "
-            "the file's patch_size and stem_norm."
+            f"has another stem than the network: they differ in {sorted(parts[0] ^ parts[1])[:3]}. Build the network "
+            "with the file's patch_size and stem_norm."
         )
 
 

@@ -38,6 +38,7 @@ from .tiling.dictionary import (
     TileSlideDict as TileSlideDict,
 )
 from .views.array import RandCropAtNucleus as RandCropAtNucleus, RandStainJitter as RandStainJitter
+from .views.boxes import native_scale as native_scale
 from .views.dictionary import (
     RandCropAtNucleusD as RandCropAtNucleusD,
     RandCropAtNucleusd as RandCropAtNucleusd,
@@ -90,6 +91,7 @@ __all__ = [
     "TileSlideDict",
     "TileSlided",
     "ViewGenerator",
+    "native_scale",
     "nuclei_mask",
     "segment_instances",
 ]

@@ -1,4 +1,4 @@
-"""The tile cache: the same items as without it, read once; never those of other tiles, of half a write, or past its bound."""
+"""The tile cache: the same items as without it, read once; never stale ones, never half a write, within its bound."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cytossl_monai.data.image_folder import ImageFolder
-from cytossl_monai.data.tile_dataset import MixedDataset
 from cytossl_monai.data.tiles import cache as module
 from cytossl_monai.data.tiles.cache import TileCache
+from cytossl_monai.data.tiles.dataset import MixedDataset
+from cytossl_monai.data.tiles.images import ImageFolder
 from cytossl_monai.utils.errors import InputError
 
 SIZE = 24
@@ -186,12 +186,12 @@ def test_random_transforms_run_on_what_comes_out(images: Path, tmp_path: Path) -
 
 def test_mixed_sources_and_tiles_of_another_size(images: Path, tmp_path: Path) -> None:
     mixed = MixedDataset([tiles(images), tiles(images)])
-    cached = TileCache(mixed, tmp_path / "cache", nuclei=False)
+    cached = TileCache(mixed, tmp_path / "cache")
     expected = MixedDataset([tiles(images), tiles(images)]).__getitems__(list(range(18)))
     for _ in range(2):
         assert all(equal(a, b) for a, b in zip(cached.__getitems__(list(range(18))), expected, strict=True))
     uneven = MixedDataset([tiles(images), ImageFolder(images, size=SIZE * 2, mpp=0.25)])
     with pytest.raises(InputError, match="the cache holds tiles of 24 px"):
-        TileCache(uneven, tmp_path / "cache", nuclei=False)[12]
+        TileCache(uneven, tmp_path / "cache")[12]
     with pytest.raises(ValueError, match="max_gb must be above 0"):
         TileCache(tiles(images), tmp_path / "cache", max_gb=0)

@@ -13,9 +13,15 @@ from small_methods import MULTI_CROP, NEEDS_TOKENS, SMALL
 from cytossl_monai.methods.base import SSLMethod
 
 METHODS = ["moco_v3", "simclr", "byol", "dino", "ibot", "mae"]
-BACKBONES = ["sr_vit_tiny", "sr_vit_small", "sr_vit_base", "vit_small", "resnet50"]
+BACKBONES = ["sr_vit_tiny", "sr_vit_small", "sr_vit_base", "vit_small", "resnet50", "sr_vit_tiny_stem", "resnet10"]
 NCP = ["ncp_off", "ncp_light", "ncp_default", "ncp_strong"]
-STEPPED = ["sr_vit_tiny", "vit_small", "resnet50"]  # the larger ones are these with more width
+STEPPED = [
+    "sr_vit_tiny",
+    "vit_small",
+    "resnet50",
+    "sr_vit_tiny_stem",
+    "resnet10",
+]  # the larger ones are these with more width
 SMALLER = {"prototypes": 32, "patch_prototypes": 32, "head_hidden_dim": 16, "decoder_dim": 32, "decoder_heads": 4}
 SIZE = 64
 
@@ -35,11 +41,11 @@ def laid_over(repo_root: Path, method: str, backbone: str, ncp: str) -> ConfigPa
     for key, value in {**SMALLER, "decoder_depth": 1}.items():
         if key in parser.config:
             parser[key] = value
-    size = SIZE // 2 if backbone == "resnet50" else SIZE
+    size = SIZE // 2 if backbone.startswith("resnet") else SIZE
     parser["views#global_size"], parser["views#local_size"] = size, size // 2
     if parser["views#n_local"]:
         parser["views#n_local"] = 1
-    if backbone == "resnet50":
+    if backbone.startswith("resnet"):
         parser["encoder#pool"] = "mean"
     else:
         parser["backbone#num_layers"] = 1
@@ -60,7 +66,7 @@ def test_resolves_and_steps(name: str, backbone: str, repo_root: Path) -> None:
     # Each pair meets another NCP; together every method and every backbone meets all four.
     ncp = NCP[(METHODS.index(name) + BACKBONES.index(backbone)) % len(NCP)]
     parser = laid_over(repo_root, name, backbone, ncp)
-    if backbone == "resnet50" and name in NEEDS_TOKENS:
+    if backbone.startswith("resnet") and name in NEEDS_TOKENS:
         with pytest.raises((ValueError, RuntimeError)) as told:
             built(parser)
         reasons = [str(told.value), str(told.value.__cause__)]

@@ -10,12 +10,21 @@ import torch
 import yaml
 from monai.bundle import ConfigParser
 
+from cytossl_monai.networks.blocks.stem import ConvolutionalStem
 from cytossl_monai.networks.nets.encoder import Encoder
-from cytossl_monai.networks.nets.resnet import ResNetFeatures
+from cytossl_monai.networks.nets.resnet import ResNetFeatures, SmallResNet
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
-WIDTHS = {"sr_vit_tiny": 192, "sr_vit_small": 384, "sr_vit_base": 768, "vit_small": 384, "resnet50": 2048}
-TRANSFORMERS = [name for name in WIDTHS if name != "resnet50"]
+TRANSFORMER_WIDTHS = {
+    "sr_vit_tiny": 192,
+    "sr_vit_tiny_stem": 192,
+    "sr_vit_small": 384,
+    "sr_vit_small_stem": 384,
+    "sr_vit_base": 768,
+    "vit_small": 384,
+}
+WIDTHS = {**TRANSFORMER_WIDTHS, "resnet10": 256, "resnet18": 512, "resnet50": 2048}
+TRANSFORMERS = list(TRANSFORMER_WIDTHS)
 
 
 def laid_over(repo_root: Path, name: str, **changes: object) -> ConfigParser:
@@ -43,8 +52,12 @@ def test_builds_the_encoder_that_is_trained(name: str, repo_root: Path) -> None:
         assert parser.get_parsed_content("network_def") is encoder
     assert isinstance(encoder, Encoder)
     assert encoder.embed_dim == WIDTHS[name]
-    assert isinstance(encoder.network, ResNetFeatures if name == "resnet50" else SRTransformer)
-    sparse = {block.attn.sparsity for block in encoder.network.blocks} if name != "resnet50" else set()
+    if name not in TRANSFORMERS:
+        assert isinstance(encoder.network, ResNetFeatures | SmallResNet)
+        return
+    assert isinstance(encoder.network, SRTransformer)
+    assert isinstance(encoder.network.patch_embedding, ConvolutionalStem) == name.endswith("_stem")
+    sparse = {block.attn.sparsity for block in encoder.network.blocks}
     assert sparse == {"routed"} if name.startswith("sr_") else sparse <= {"none"}
 
 
@@ -95,8 +108,9 @@ def test_every_key_is_used_and_alternatives_are_keys(name: str, repo_root: Path)
     text = (repo_root / "configs" / "backbone" / f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     used = {value[1:] for value in content["backbone"].values() if isinstance(value, str) and value.startswith("@")}
-    # freeze_patches is MoCo v3's own key, which a ResNet must switch off; the last three are the bundle's.
-    assert set(content) - {"backbone", "freeze_patches", "layer_decay", "base_lr", "warmup_epochs"} <= used
+    # freeze_patches is MoCo v3's own key, which a ResNet must switch off; the others are the bundle's.
+    bundle_keys = {"backbone", "freeze_patches", "layer_decay", "base_lr", "warmup_epochs", "channels_last"}
+    assert set(content) - bundle_keys <= used
     for line in re.findall(r"^# (?:patch8|glass): (.+)$", text, re.MULTILINE):
         assert set(yaml.safe_load(line)) <= set(content)
 

@@ -1,4 +1,4 @@
-"""The convolutional stem and the small ResNets: tokens against a naive loop, what a token may see, weights both ways."""
+"""The convolutional stem and the small ResNets: tokens against a naive loop, what a token sees, weights both ways."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.networks.blocks.stem import ConvolutionalStem, stem_widths
-from cytossl_monai.networks.convert import load_vit_weights, to_sr_transformer
-from cytossl_monai.networks.nets.encoders import Encoder, load_encoder, save_encoder
-from cytossl_monai.networks.nets.small_resnet import SmallResNet, resnet10, resnet18
+from cytossl_monai.networks.convert import to_sr_transformer
+from cytossl_monai.networks.files import load_encoder, save_encoder
+from cytossl_monai.networks.nets.encoder import Encoder
+from cytossl_monai.networks.nets.resnet import SmallResNet, resnet10, resnet18
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer, sr_vit_tiny_stem
+from cytossl_monai.networks.weights import load_vit_weights
 from cytossl_monai.utils.errors import CheckpointError
 
 SIDE, PATCH = 32, 8
@@ -207,15 +209,14 @@ def test_files_and_torchscript_give_the_same(tmp_path: Path) -> None:
             torch.testing.assert_close(scripted(images[:2]), features[:2], atol=1e-5, rtol=1e-4)
 
 
-def test_resnet18_is_torchvisions() -> None:
-    torchvision = pytest.importorskip("torchvision")
-    theirs = torchvision.models.resnet18(weights=None)
-    theirs.fc = torch.nn.Identity()
-    ours = resnet18()
-    ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+def test_resnet18_has_torchvisions_parameters() -> None:
+    """Its published number of parameters without ``fc``, and the names that its weights come under."""
+    network = resnet18()
+    assert sum(p.numel() for p in network.parameters()) == 11_689_512 - 512 * 1000 - 1000
+    names = set(network.state_dict())
+    assert {"conv1.weight", "bn1.running_var", "layer1.1.conv2.weight", "layer4.0.downsample.0.weight"} <= names
+    assert network.state_dict()["conv1.weight"].shape == (64, 3, 7, 7)
+    assert not [name for name in names if name.endswith("downsample.0.bias")]
 
 
 def test_with_group_norm_no_image_sees_another() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import cytossl_monai
-from cytossl_monai.data.tile_dataset import Item, Key, apply_transform, split_keys
+from cytossl_monai.data.tiles.dataset import Item, Key, apply_transform, split_keys
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import file_fingerprint, write_json
 
@@ -33,13 +33,6 @@ _MPP_BYTES = 4  # float32, before the colours
 _GIB = 1 << 30
 
 
-def _default_segmenter(images: Tensor, mpp: Tensor) -> Tensor:
-    """This package's nuclei, imported at the first call."""
-    from cytossl_monai.transforms.nuclei_mask import nuclei_mask
-
-    return nuclei_mask(images, mpp)
-
-
 class TileCache(Dataset[Item]):
     """A data set of tiles whose items are read once, and come from a memory map after that.
 
@@ -47,22 +40,22 @@ class TileCache(Dataset[Item]):
     changes from epoch to epoch: only the views do, which are cut from the tile and its mask anew. The map is shared by
     all worker processes, and the operating system holds in memory what fits.
 
-    A cache is used only for what it was made of: a digest of every file (size, first and last mebibyte), place, size and
-    scale, of the program that finds nuclei and of its version names the folder, so that other tiles get another one. Each
-    slot carries a checksum; one that was half written is made again. Files under ``folder`` can be deleted at any time
-    that no run uses them.
+    A cache is used only for what it was made of: a digest of every file (size, first and last mebibyte), place, size
+    and scale, of the program that finds nuclei and of its version names the folder, so that other tiles get another
+    one. Each slot carries a checksum; one that was half written is made again. Files under ``folder`` can be deleted at
+    any time that no run uses them.
 
-    Items are those of ``dataset``, with ``nuclei`` uint8 (1, H, W), 1 in a nucleus, where ``nuclei`` is on. The transform
-    of ``dataset`` is taken over and runs on what comes out of the cache, so that it may be random.
+    Items are those of ``dataset``, with ``nuclei`` uint8 (1, H, W), 1 in a nucleus, where there is a ``segmenter``. The
+    transform of ``dataset`` is taken over and runs on what comes out of the cache, so that it may be random.
 
     Args:
         dataset: a ``TileDataset``, ``ImageFolder`` or ``MixedDataset`` whose images are all of one size.
         folder: where to keep caches. None: keep nothing, and hand ``dataset`` through.
-        max_gb: the most that the caches in ``folder`` may take, in GiB: those of other tiles that no run uses are removed
-            for this one, the oldest first. Where it holds less than all tiles, every so many are kept, evenly over the data
-            set, and the others read as before.
-        nuclei: find nuclei too, with ``segmenter``, and keep them.
-        segmenter: ``(images, mpp) -> (B, 1, H, W) bool``; None is :func:`cytossl_monai.transforms.nuclei_mask`.
+        max_gb: the most that the caches in ``folder`` may take, in GiB: those of other tiles that no run uses are
+            removed for this one, the oldest first. Where it holds less than all tiles, every so many are kept, evenly
+            over the data set, and the others read as before.
+        segmenter: ``(images, mpp) -> (B, 1, H, W) bool``, whose nuclei are kept too, such as
+            `cytossl_monai.transforms.nuclei_mask`; None: none are.
 
     Raises:
         ValueError: for a size that is not above zero.
@@ -73,7 +66,6 @@ class TileCache(Dataset[Item]):
         dataset: Any,
         folder: str | os.PathLike[str] | None,
         max_gb: float = 4.0,
-        nuclei: bool = True,
         segmenter: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if not max_gb > 0:
@@ -81,8 +73,7 @@ class TileCache(Dataset[Item]):
         self.dataset = dataset
         self.transform: Callable[[Item], Item] | None = dataset.transform
         dataset.transform = None
-        self.nuclei = nuclei
-        self.segmenter = segmenter or _default_segmenter
+        self.segmenter = segmenter
         self.folder: Path | None = None
         self.capacity = 0
         self._maps: tuple[int, np.memmap, np.memmap] | None = None
@@ -136,8 +127,8 @@ class TileCache(Dataset[Item]):
     def _digest(self) -> str:
         """16 hexadecimal digits that change whenever a cached tile or mask could differ."""
         digest = hashlib.sha256()
-        parts = [_VERSION, cytossl_monai.__version__, self.side, self.capacity, self.nuclei]
-        if self.nuclei:
+        parts = [_VERSION, cytossl_monai.__version__, self.side, self.capacity, self.segmenter is not None]
+        if self.segmenter is not None:
             parts += [getattr(self.segmenter, "__module__", ""), getattr(self.segmenter, "__qualname__", "")]
             parts.append(_sources_digest())
         digest.update(json.dumps(parts).encode())
@@ -147,7 +138,7 @@ class TileCache(Dataset[Item]):
     @property
     def _slot_bytes(self) -> int:
         pixels = self.side * self.side
-        return _MPP_BYTES + 3 * pixels + (-(-pixels // 8) if self.nuclei else 0)
+        return _MPP_BYTES + 3 * pixels + (-(-pixels // 8) if self.segmenter is not None else 0)
 
     def _open(self) -> tuple[np.memmap, np.memmap]:
         """The maps of this process: slots (capacity, bytes) uint8 and checks (capacity,) uint32."""
@@ -179,7 +170,7 @@ class TileCache(Dataset[Item]):
         if absent:
             wanted = [(int(numbers[place]), int(samples[place])) for place in absent]
             read = self.dataset.__getitems__(wanted)
-            masks = self._find_nuclei(read) if self.nuclei else [None] * len(read)
+            masks = self._find_nuclei(read) if self.segmenter is not None else [None] * len(read)
             for place, item, mask in zip(absent, read, masks, strict=True):
                 self._store(int(numbers[place]), item["image"].numpy(), float(item["mpp"]), mask)
                 items[place] = item if mask is None else {**item, "nuclei": torch.from_numpy(mask)[None]}
@@ -194,6 +185,7 @@ class TileCache(Dataset[Item]):
     def _find_nuclei(self, items: Sequence[Item]) -> list[np.ndarray]:
         images = torch.stack([item["image"] for item in items])
         mpp = torch.tensor([float(item["mpp"]) for item in items])
+        assert self.segmenter is not None
         return list(self.segmenter(images, mpp)[:, 0].to(torch.uint8).numpy())
 
     def _look_up(self, number: int) -> Item | None:
@@ -208,7 +200,7 @@ class TileCache(Dataset[Item]):
         pixels = self.side * self.side
         image = content[_MPP_BYTES : _MPP_BYTES + 3 * pixels].reshape(3, self.side, self.side)
         item: Item = {"image": torch.from_numpy(image), "mpp": content[:_MPP_BYTES].view(np.float32)[0]}
-        if self.nuclei:
+        if self.segmenter is not None:
             mask = np.unpackbits(content[_MPP_BYTES + 3 * pixels :], count=pixels)
             item["nuclei"] = torch.from_numpy(mask.reshape(1, self.side, self.side))
         return item
@@ -219,7 +211,7 @@ class TileCache(Dataset[Item]):
             return
         if image.shape != (3, self.side, self.side):
             raise InputError(
-                f"tile {number} is {image.shape[-1]} px, the cache holds tiles of {self.side} px; give tile_size one value"
+                f"tile {number} is {image.shape[-1]} px, the cache holds tiles of {self.side} px; set one tile_size"
             )
         parts = [np.array([mpp], dtype=np.float32).view(np.uint8), image.reshape(-1)]
         if mask is not None:
@@ -243,7 +235,7 @@ def _in_use(folder: Path) -> IO[bytes]:
 
 
 def _make_room(folder: Path, own: Path, allowed: int) -> None:
-    """Remove other caches in ``folder`` that no run uses, the oldest first, until they take ``allowed`` bytes at most."""
+    """Remove other caches that no run uses, the oldest first, until they take ``allowed`` bytes at most."""
     others = sorted((path for path in folder.glob("*/cache.json") if path.parent != own), key=os.path.getmtime)
     sizes = {path: sum(part.stat().st_size for part in path.parent.iterdir()) for path in others}
     for path in others:

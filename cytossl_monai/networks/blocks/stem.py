@@ -39,12 +39,13 @@ def stem_widths(patch_size: int, hidden_size: int) -> list[int]:
 class ConvolutionalStem(PatchEmbedding):
     """Patch tokens from 3 x 3 convolutions of stride 2, each with normalisation and ReLU, and one of 1 x 1 at the end.
 
-    A patch of 16 pixels at 0.5 um per pixel is as wide as a nucleus: one projection of it has to tell chromatin, membrane
-    and outline apart at once, at every place that they may have in the patch. Convolutions see them at their own scale,
-    and learn so from far fewer steps. The grid of tokens is that of patches of the same size, so the transformer above
-    does not change.
+    A patch of 16 pixels at 0.5 um per pixel is as wide as a nucleus: one projection of it has to tell chromatin,
+    membrane and outline apart at once, at every place that they may have in the patch. Convolutions see them at their
+    own scale, and learn so from far fewer steps. The grid of tokens is that of patches of the same size, so the
+    transformer above does not change.
 
-    A token sees a little more than its patch: ``2 * patch_size - 1`` pixels a side, centred within a pixel on the patch.
+    A token sees a little more than its patch: ``2 * patch_size - 1`` pixels a side, centred within a pixel on the
+    patch.
 
     Paper: Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021.
 
@@ -80,7 +81,9 @@ class ConvolutionalStem(PatchEmbedding):
         if patch_size[0] != patch_size[1]:
             raise ValueError(f"A convolutional stem has square patches; got {patch_size[0]} x {patch_size[1]}.")
         widths = stem_widths(patch_size[0], hidden_size)
-        super().__init__(in_channels, img_size, patch_size, hidden_size, num_heads, "conv", pos_embed_type, dropout_rate)
+        super().__init__(
+            in_channels, img_size, patch_size, hidden_size, num_heads, "conv", pos_embed_type, dropout_rate
+        )
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise([in_channels, *widths]):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), _norm(norm, after)]
@@ -96,8 +99,8 @@ class ConvolutionalStem(PatchEmbedding):
 
         Args:
             x: (B, C_in, H, W).
-            hidden: (B, N) bool of the patches whose pixels no token may see, in raster order: they are set to 0, the mean
-                of a normalised image, before the first convolution, since tokens overlap.
+            hidden: (B, N) bool of the patches whose pixels no token may see, in raster order: they are set to 0, the
+                mean of a normalised image, before the first convolution, since tokens overlap.
 
         Returns:
             (B, N, C).

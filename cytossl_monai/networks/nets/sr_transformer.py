@@ -151,9 +151,7 @@ class SRTransformer(nn.Module):
         has_class_token = classification if class_token is None else class_token
         sizes, patches = _pair(img_size, "img_size"), _pair(patch_size, "patch_size")
         if patch_embedding not in PATCH_EMBEDDINGS:
-            raise ValueError(
-                f"patch_embedding must be one of {', '.join(PATCH_EMBEDDINGS)}; got {patch_embedding!r}."
-            )
+            raise ValueError(f"patch_embedding must be one of {', '.join(PATCH_EMBEDDINGS)}; got {patch_embedding!r}.")
         self.patch_embedding: PatchEmbedding
         if patch_embedding == "stem":
             if proj_type != "conv":

@@ -60,8 +60,8 @@ def native_scale(view_size: int, tile_size: int, zoom: Sequence[float] = (1.0, 1
     needed = math.ceil(view_size / low)
     if needed > tile_size:
         raise ValueError(
-            f"views of {view_size} px at zoom {low:g} show {needed} px, but tiles have {tile_size} px: set tile_size to "
-            f"{needed} or more, or view_size smaller"
+            f"views of {view_size} px at zoom {low:g} show {needed} px, but tiles have {tile_size} px: set tile_size "
+            f"to {needed} or more, or view_size smaller"
         )
     return (view_size / high / tile_size) ** 2, (view_size / low / tile_size) ** 2
 

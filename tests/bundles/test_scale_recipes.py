@@ -1,0 +1,86 @@
+"""The recipes in configs/scale: they train, on cached tiles and nuclei, and refuse views that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigParser
+from PIL import Image
+
+from cytossl_monai.transforms import native_scale
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    """Eight images of 112 px: a dark disc on bright noise."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:112, :112]
+    (tmp_path / "cells").mkdir()
+    for number in range(8):
+        image = rng.integers(215, 235, (112, 112, 3))
+        image[(x - 56) ** 2 + (y - 50 - number) ** 2 < 15**2] = (90, 60, 120)
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / "cells" / f"{number}.png")
+    return tmp_path / "cells"
+
+
+def laid_over(repo_root: Path, cells: Path, *overlays: str, **changes: Any) -> ConfigParser:
+    parser = ConfigParser()
+    train = repo_root / "bundles" / "cytossl_pretrain" / "configs" / "train.json"
+    parser.read_config([str(train), *(str(repo_root / "configs" / overlay) for overlay in overlays)])
+    settings = {
+        "dataset_dir": str(cells),
+        "images_mpp": 0.25,
+        "image_fit": "square",
+        "output_dir": str(cells.parent / "out"),
+        "batch_size": 4,
+        "steps": 2,
+        "epoch_length": 2,
+        "num_workers": 0,
+        "num_layers": 1,
+        "head_hidden_dim": 16,
+    }
+    for key, value in {**settings, **changes}.items():
+        parser[key] = value
+    return parser
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", [[], ["backbone/resnet10.yaml"]])
+def test_it_trains_on_cached_nuclei(more: list[str], repo_root: Path, cells: Path) -> None:
+    parser = laid_over(repo_root, cells, "data/images.yaml", "scale/cpu.yaml", *more)
+    trainer = parser.get_parsed_content("train#trainer")
+    trainer.views.segmenter = lambda *_: pytest.fail("nuclei were looked for though they are cached")
+    trainer.run()
+    assert trainer.state.iteration == 2
+    assert torch.isfinite(trainer.state.output["loss"])
+    assert list((cells.parent / "out" / "cache").glob("*/slots.bin"))
+    assert (cells.parent / "out" / "models" / "model.pt").is_file()
+
+
+def test_views_show_a_cell_at_the_tiles_scale(repo_root: Path, cells: Path) -> None:
+    views = laid_over(repo_root, cells, "data/images.yaml", "scale/cpu.yaml").get_parsed_content("views")
+    low, high = (112 * part**0.5 for part in views.global_scale)
+    assert (low, high) == pytest.approx((64 / 1.25, 64 / 0.8))
+    with pytest.raises(RuntimeError, match="native_scale") as error:
+        laid_over(repo_root, cells, "data/images.yaml", "scale/cpu.yaml", tile_size=72).get_parsed_content("views")
+    assert "show 80 px, but tiles have 72 px: set tile_size to 80 or more" in str(error.value.__cause__)
+    for zoom in ([0.0, 1.0], [1.2, 0.8]):
+        with pytest.raises(ValueError, match="zoom is"):
+            native_scale(64, 112, zoom)
+
+
+def test_the_large_recipe_has_the_small_ones_keys(repo_root: Path, cells: Path) -> None:
+    small, large = (
+        yaml.safe_load((repo_root / "configs" / "scale" / name).read_text(encoding="utf-8"))
+        for name in ("cpu.yaml", "gpu.yaml")
+    )
+    assert set(small) - set(large) == {"steps", "epoch_length", "precision", "checkpoint_epochs", "tensorboard"}
+    assert set(large) - set(small) == {"epochs", "channels_last"}
+    parser = laid_over(repo_root, cells, "data/images.yaml", "scale/gpu.yaml", num_layers=2)
+    with torch.device("meta"):
+        assert parser.get_parsed_content("encoder").embed_dim == 768

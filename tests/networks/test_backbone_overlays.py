@@ -109,7 +109,15 @@ def test_every_key_is_used_and_alternatives_are_keys(name: str, repo_root: Path)
     content = yaml.safe_load(text)
     used = {value[1:] for value in content["backbone"].values() if isinstance(value, str) and value.startswith("@")}
     # freeze_patches is MoCo v3's own key, which a ResNet must switch off; the others are the bundle's.
-    bundle_keys = {"backbone", "freeze_patches", "layer_decay", "base_lr", "warmup_epochs", "channels_last"}
+    bundle_keys = {
+        "backbone",
+        "freeze_patches",
+        "layer_decay",
+        "base_lr",
+        "warmup_epochs",
+        "channels_last",
+        "encoder#pool",
+    }
     assert set(content) - bundle_keys <= used
     for line in re.findall(r"^# (?:patch8|glass): (.+)$", text, re.MULTILINE):
         assert set(yaml.safe_load(line)) <= set(content)

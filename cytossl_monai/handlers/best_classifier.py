@@ -16,7 +16,7 @@ from monai.engines import Evaluator
 
 from cytossl_monai.engines.mil.trainer import BagMetric
 from cytossl_monai.metrics.calibration import fit_temperature
-from cytossl_monai.networks.mil.checkpoint import save_classifier
+from cytossl_monai.networks.files import save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import atomic_path

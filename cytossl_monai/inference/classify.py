@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cytossl_monai.networks.mil.checkpoint import load_classifier, require_trained
+from cytossl_monai.networks.files import load_classifier, require_trained
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.targets import class_probabilities, decide
 from cytossl_monai.utils.errors import CheckpointError, FeatureError

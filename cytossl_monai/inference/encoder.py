@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cytossl_monai.networks.files import FORMAT
+from cytossl_monai.networks.files import ENCODER_FORMAT
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
 from cytossl_monai.networks.open import open_encoder
@@ -50,7 +50,7 @@ def bundle_encoder(
 
 def _unwrap(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
     """Let a whole encoder file pass for its state dict."""
-    if state_dict.get("format") == FORMAT and isinstance(state_dict.get("state_dict"), Mapping):
+    if state_dict.get("format") == ENCODER_FORMAT and isinstance(state_dict.get("state_dict"), Mapping):
         weights = dict(state_dict["state_dict"])
         state_dict.clear()
         state_dict.update(weights)

@@ -23,6 +23,7 @@ from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference.classify import SlideClassifier, SlidePrediction
 from cytossl_monai.inference.embed import index_hash
+from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash_0_1
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
 from cytossl_monai.utils.files import atomic_path, file_fingerprint, write_json
 from cytossl_monai.visualize.gallery import GalleryTile, draw_gallery, read_gallery
@@ -112,7 +113,8 @@ class SlideEvidence(Transform):
         if meta.get("commercial") is False:
             self.encoder["commercial"] = False
         known = self.classifier.encoder
-        if known["hash"] is not None and known["hash"] != encoder_hash:
+        fits = {None, encoder_hash} | ({encoder_hash_0_1(encoder)} if isinstance(encoder, Encoder) else set())
+        if known["hash"] not in fits:
             raise CheckpointError(
                 f"classifier {self.classifier.files[0]} was trained on the encoder {known['name'] or ''} "
                 f"({known['hash']}), not on {self.encoder['file']} ({encoder_hash}); give the encoder that belongs to "

@@ -9,6 +9,8 @@ What ``__all__`` names is the public face: it stays where it is, the files behin
 What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
 
 What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
+
+What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
 """
 
 import lazy_loader as lazy

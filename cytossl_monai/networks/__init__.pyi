@@ -5,14 +5,16 @@ from .cards import (
     read_card as read_card,
 )
 from .convert import to_sr_transformer as to_sr_transformer
-from .files import build_encoder as build_encoder, load_encoder as load_encoder, save_encoder as save_encoder
-from .mil.abmil import ABMIL as ABMIL
-from .mil.checkpoint import (
+from .files import (
+    build_encoder as build_encoder,
     bundle_network as bundle_network,
     load_classifier as load_classifier,
+    load_encoder as load_encoder,
     require_trained as require_trained,
     save_classifier as save_classifier,
+    save_encoder as save_encoder,
 )
+from .mil.abmil import ABMIL as ABMIL
 from .mil.clam import CLAM as CLAM
 from .mil.classifier import MILClassifier as MILClassifier
 from .mil.dsmil import DSMIL as DSMIL

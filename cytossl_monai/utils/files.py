@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "file_fingerprint", "sha256_file", "write_json", "write_text"]
+from cytossl_monai.utils.errors import CheckpointError
+
+__all__ = ["atomic_path", "file_fingerprint", "read_torch", "sha256_file", "write_json", "write_text"]
 
 _SAMPLE_BYTES = 1 << 20
 
@@ -59,6 +61,32 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         ValueError: when ``content`` holds NaN or infinity, which JSON does not know.
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_torch(path: str | os.PathLike[str], what: str, device: Any = "cpu") -> Any:
+    """Read what ``torch.save`` wrote: tensors, numbers, text, lists and dictionaries. Nothing in the file is executed.
+
+    Args:
+        path: the file.
+        what: what it should be, for the message: "an encoder", "a checkpoint".
+        device: where tensors go.
+
+    Raises:
+        CheckpointError: when it is missing, no file, damaged, or holds more than plain data.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        kind = "a folder, no file" if path.is_dir() else "no plain file" if path.exists() else "no such file"
+        raise CheckpointError(f"{path}: {kind}; give {what} file that a run wrote")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a file of random bytes makes the unpickler raise nearly anything
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise CheckpointError(
+            f"{path}: cannot be read as {what} file, it is damaged or holds more than weights ({first}); get it again"
+        ) from error
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

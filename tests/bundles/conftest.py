@@ -16,9 +16,8 @@ from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.index.build import IndexSettings, index_slides
 from cytossl_monai.inference.embed import embed_slides
-from cytossl_monai.networks.files import save_encoder
+from cytossl_monai.networks.files import save_classifier, save_encoder
 from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny

@@ -16,9 +16,8 @@ from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagO
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
 from cytossl_monai.engines.mil.trainer import BagInferer
-from cytossl_monai.networks.files import save_encoder
+from cytossl_monai.networks.files import save_classifier, save_encoder
 from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny

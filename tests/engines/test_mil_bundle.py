@@ -15,7 +15,7 @@ from cytossl_monai.engines.bundle import run_training
 from cytossl_monai.engines.mil.cross_validate import cross_validate
 from cytossl_monai.engines.mil.few_shot import draw_shots, few_shot_curve
 from cytossl_monai.engines.mil.predict import inference_items
-from cytossl_monai.networks.mil.checkpoint import load_classifier
+from cytossl_monai.networks.files import load_classifier
 from cytossl_monai.utils.errors import CheckpointError, FeatureError, TableError
 from cytossl_monai.utils.report import RunReport
 
@@ -192,7 +192,7 @@ def test_cross_validation_bad_input(trained, configs, tmp_path):
 def test_ordinal_slides_get_the_median_grade(tmp_path):
     """Of 0.4, 0.25 and 0.35 the first is the most probable, the second the one in the middle."""
     from cytossl_monai.inference.classify import SlideClassifier
-    from cytossl_monai.networks.mil.checkpoint import save_classifier
+    from cytossl_monai.networks.files import save_classifier
     from cytossl_monai.networks.mil.classifier import MILClassifier
     from cytossl_monai.networks.mil.ensemble import average_probabilities
     from cytossl_monai.networks.mil.pooling import MeanMIL

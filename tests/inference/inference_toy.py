@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigWorkflow
 
-from cytossl_monai.networks.files import save_encoder
+from cytossl_monai.networks.files import save_classifier, save_encoder
 from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny

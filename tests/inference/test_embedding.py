@@ -18,9 +18,8 @@ from cytossl_monai.inference.ahead import read_ahead
 from cytossl_monai.inference.classify import SlideClassifier
 from cytossl_monai.inference.embed import EmbedTimes, embed_tiles
 from cytossl_monai.inference.prepare import warn_of_tile_size
-from cytossl_monai.networks.files import load_encoder
+from cytossl_monai.networks.files import load_encoder, save_classifier
 from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.pooling import MeanMIL
 from cytossl_monai.utils.errors import CheckpointError, FeatureError

@@ -19,8 +19,7 @@ from cytossl_monai.data.slides.write import write_pyramid
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference import embed as embedder, evidence
 from cytossl_monai.inference.evidence import EVIDENCE
-from cytossl_monai.networks.files import load_encoder, save_encoder
-from cytossl_monai.networks.mil.checkpoint import load_classifier
+from cytossl_monai.networks.files import load_classifier, load_encoder, save_encoder
 from cytossl_monai.utils.errors import CheckpointError, TableError
 from cytossl_monai.utils.files import atomic_path
 from cytossl_monai.utils.report import EXIT_PARTIAL

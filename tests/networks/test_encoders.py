@@ -11,7 +11,8 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
 from torch import nn
 
-from cytossl_monai.networks.files import build_encoder, build_network, load_encoder, network_config, save_encoder
+from cytossl_monai.networks.build import build_network, network_config
+from cytossl_monai.networks.files import build_encoder, load_encoder, save_encoder
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.resnet import resnet50
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer

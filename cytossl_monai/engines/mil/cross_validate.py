@@ -20,7 +20,8 @@ from cytossl_monai.engines.bundle import run_training
 from cytossl_monai.engines.mil.evaluation import write_evaluation
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.metrics.bootstrap import Interval
-from cytossl_monai.networks.mil.checkpoint import load_classifier, network_config, save_classifier
+from cytossl_monai.networks.build import network_config
+from cytossl_monai.networks.files import load_classifier, save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
 from cytossl_monai.networks.open import check_made_by

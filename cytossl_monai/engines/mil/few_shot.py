@@ -20,7 +20,7 @@ from cytossl_monai.data.bags.splits import assign_folds
 from cytossl_monai.engines.bundle import run_training
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.metrics.classification import classification_metrics
-from cytossl_monai.networks.mil.checkpoint import load_classifier
+from cytossl_monai.networks.files import load_classifier
 from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import atomic_path, file_fingerprint
 from cytossl_monai.utils.parallel import default_workers, run_parallel

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from cytossl_monai.networks.files import build_encoder, network_config
+from cytossl_monai.networks.build import network_config
+from cytossl_monai.networks.files import build_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.utils.distributed import is_main
 

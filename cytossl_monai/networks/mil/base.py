@@ -112,7 +112,7 @@ class MILModel(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-like: with ``_target_`` they rebuild the network (see ``checkpoint``)."""
+        """Constructor arguments, JSON-like: with ``_target_`` they rebuild the network (see ``networks/build.py``)."""
         raise NotImplementedError(f"{type(self).__name__} must say its constructor arguments")
 
 

@@ -33,9 +33,9 @@ class MILEnsemble(MILModel):
         target: str = "multiclass",
         temperatures: Sequence[float] | None = None,
     ) -> None:
-        from cytossl_monai.networks.mil.checkpoint import build_network
+        from cytossl_monai.networks.build import build_network
 
-        networks = [m if isinstance(m, MILModel) else build_network(m) for m in members]
+        networks: list[Any] = [m if isinstance(m, MILModel) else build_network(m, MILModel) for m in members]
         if not networks:
             raise ValueError("an ensemble needs at least one member")
         shapes = {(m.in_features, m.n_outputs) for m in networks}
@@ -81,7 +81,7 @@ class MILEnsemble(MILModel):
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments."""
-        from cytossl_monai.networks.mil.checkpoint import network_config
+        from cytossl_monai.networks.build import network_config
 
         members = [network_config(member) for member in self.members if isinstance(member, MILModel)]
         return {"members": members, "target": self.target, "temperatures": self.temperatures.tolist()}

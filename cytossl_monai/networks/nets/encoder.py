@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from monai.networks.nets.vit import ViT
 from torch import Tensor, nn
 
 from cytossl_monai.networks.blocks.background import foreground_patches
+from cytossl_monai.networks.build import NETWORKS, network_config, own_arguments
 from cytossl_monai.networks.nets.pooling import POOLS, image_size, pool_output
 from cytossl_monai.networks.nets.sr_transformer import Features, SRTransformer
 
-__all__ = ["Encoder", "encoder_hash"]
+__all__ = ["Encoder", "encoder_hash", "encoder_hash_0_1"]
 
 # ImageNet's statistics: what published weights expect.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -191,8 +193,26 @@ class Encoder(nn.Module):
 
 
 def encoder_hash(encoder: Encoder) -> str:
-    """16 hexadecimal digits that tell encoders apart: of all weights (mean and std too) and the pooling."""
-    digest = hashlib.sha256(encoder.pool.encode())
+    """16 hexadecimal digits that tell encoders apart: of architecture, weights (mean and std too) and pooling.
+
+    Weights alone are not the encoder: the same ones give other features with another sparsity, window, number of heads
+    or with glass left out. A network that does not keep its arguments in ``.config`` is told by its class and weights.
+    """
+    config = getattr(encoder.network, "config", None)
+    if isinstance(config, Mapping) and type(encoder.network).__name__ in NETWORKS:
+        architecture = json.dumps(own_arguments(network_config(encoder.network)), sort_keys=True, default=str)
+    else:
+        architecture = type(encoder.network).__qualname__
+    return _weights_hash(encoder, f"{encoder.pool}:{architecture}")
+
+
+def encoder_hash_0_1(encoder: Encoder) -> str:
+    """The hash of version 0.1, which did not know the architecture: classifiers of then are known by it."""
+    return _weights_hash(encoder, encoder.pool)
+
+
+def _weights_hash(encoder: Encoder, salt: str) -> str:
+    digest = hashlib.sha256(salt.encode())
     for name, value in sorted(encoder.state_dict().items()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from cytossl_monai.networks.build import build_network, network_config
 from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import build_network, network_config
 from cytossl_monai.networks.mil.clam import CLAM
 from cytossl_monai.networks.mil.dsmil import DSMIL
 from cytossl_monai.networks.mil.dtfd import DTFDMIL

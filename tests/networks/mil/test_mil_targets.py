@@ -4,14 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cytossl_monai.networks.build import build_network
+from cytossl_monai.networks.files import bundle_network, load_classifier, require_trained, save_classifier
 from cytossl_monai.networks.mil.abmil import ABMIL
-from cytossl_monai.networks.mil.checkpoint import (
-    build_network,
-    bundle_network,
-    load_classifier,
-    require_trained,
-    save_classifier,
-)
+from cytossl_monai.networks.mil.base import MILModel
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble, average_probabilities
 from cytossl_monai.networks.mil.pooling import MeanMIL
@@ -96,7 +92,7 @@ def test_features_of_another_encoder_are_refused():
 
 
 def test_bad_classifier_files(tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"none\.pt: no such file"):
         load_classifier(tmp_path / "none.pt")
     (tmp_path / "torn.pt").write_bytes(b"half a file")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -115,7 +111,9 @@ def test_bad_classifier_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"os\.system"):
         load_classifier(tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="no MILModel"):
-        build_network({"_target_": "cytossl_monai.networks.mil.targets.MILLoss"})
+        build_network({"_target_": "cytossl_monai.networks.SRTransformer"}, MILModel)
+    with pytest.raises(ValueError, match="does not exist"):
+        build_network({"_target_": "cytossl_monai.networks.mil.targets.MILLoss"}, MILModel)
 
 
 def test_untrained_network_may_be_exported_not_believed(tmp_path):
@@ -145,7 +143,7 @@ def test_a_bag_of_100_000_tiles_fits_in_8_gb(repo_root):
 
     program = """
 import resource, sys, torch, yaml
-from cytossl_monai.networks.mil.checkpoint import build_network
+from cytossl_monai.networks.build import build_network
 for path in sys.argv[1:]:
     config = {**yaml.safe_load(open(path))["network"], "in_features": 384, "n_outputs": 2}
     model = build_network(config).eval()

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cytossl_monai.utils.cells import plain_cell, stored_cell
 from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import atomic_path
 
@@ -23,7 +26,21 @@ __all__ = ["SlideRecord", "encode_labels", "read_slide_table", "write_slide_tabl
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("slide_id", "path", "label", "patient_id", "fold", "mpp")
-_UNSAFE_ID = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
+SECTIONS = ("train", "training", "val", "valid", "validation", "test", "testing", "infer", "inference")
+"""Sections of a datalist that may list bare paths; in others only items with ``image`` or ``path`` are slides."""
+
+_UNSAFE_ID = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]|^\.|\.$')
+_RESERVED_ID = re.compile(
+    r"(index\.html|predictions\.csv|report\.csv|con|prn|aux|nul|com[0-9]|lpt[0-9])(\.[^.]*)?", re.IGNORECASE
+)
+"""Names of this program's own files beside the slides' folders, and those that Windows keeps for devices."""
+
+_MAX_ID_BYTES = 200
+_UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
+"""A column without a name: a table's trailing commas, or the index that pandas wrote."""
+
+_NO_VALUE = frozenset({"nan", "na", "n/a", "<na>", "#n/a", "null"})
+"""What pandas, R and Excel write where there is no value."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +70,11 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
     """Read a slide table (CSV) or a MONAI datalist (JSON).
 
     CSV: columns ``slide_id`` and ``path``; ``label``, ``patient_id``, ``fold``, ``mpp`` and any others may be there;
-    comma, semicolon or tab between them. JSON: a list of items, or sections (``training``, ``validation``, ``testing``)
-    of such lists; an item has ``image`` or ``path``, and may have ``slide_id`` (else the file's stem), ``label``,
-    ``patient_id``, ``fold``, ``mpp``. Relative paths are relative to the table. Whether the slides exist is not looked
-    at: a missing slide is one slide's failure, not the table's.
+    comma, semicolon or tab between them; columns without a name (the index that pandas writes, trailing commas) are
+    passed over, and "nan" or "NA" as label or patient counts as empty. JSON: a list of items, or sections
+    (``training``, ``validation``, ``testing``) of such lists; an item has ``image`` or ``path``, and may have
+    ``slide_id`` (else the file's stem), ``label``, ``patient_id``, ``fold``, ``mpp``. Relative paths are relative to
+    the table. Whether the slides exist is not looked at: a missing slide is one slide's failure, not the table's.
 
     Args:
         path: the table.
@@ -66,7 +84,8 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
 
     Raises:
         TableError: when the table is missing, empty, without the needed columns, when a slide_id occurs twice or cannot
-            be a file name, when ``fold`` or ``mpp`` is no number, or when a patient is on both sides of a given split.
+            be a file name, when ``fold`` or ``mpp`` is no number, when a label or patient is written in two ways (1 and
+            1.0), or when a patient is on both sides of a given split.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,8 +95,12 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
     if not records:
         raise TableError(f"slide table {path} lists no slides; add one line for each slide")
     _check_unique(records, path)
+    _check_spelling(records, path)
     _check_split(records, path)
     labelled = [r for r in records if r.label is not None]
+    no_value = sum(_text(row.get("label")) is not None for _, row in rows) - len(labelled)
+    if no_value:
+        logger.warning("slide table %s: the label of %d slides says that there is none (NA, nan)", path, no_value)
     if labelled and all(r.patient_id == r.slide_id for r in records) and "patient_id" not in rows[0][1]:
         logger.warning(
             "slide table %s has no column patient_id: every slide counts as a patient of its own, and two slides of "
@@ -109,7 +132,7 @@ def write_slide_table(path: str | os.PathLike[str], records: Iterable[SlideRecor
             row: dict[str, Any] = {c: getattr(r, c) for c in used}
             row["path"] = r.path.relative_to(root) if r.path.is_relative_to(root) else r.path
             values = [row[c] for c in used] + [r.extra.get(c) for c in extra]
-            writer.writerow(["" if v is None else v for v in values])
+            writer.writerow(["" if v is None else plain_cell(str(v)) for v in values])
     return path
 
 
@@ -153,47 +176,56 @@ def _rows_of_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise TableError(f"slide table {path} is not UTF-8 text; save it as CSV (UTF-8)") from None
-    header = text.partition("\n")[0].strip()
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", strict=True)
-    names = [name.strip() for name in reader.fieldnames or []]
+    header = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    names: list[str] | None = None
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        for cells in reader:
+            values = [stored_cell(cell.strip()) for cell in cells]
+            if not any(values):
+                continue
+            if names is None:
+                names = values
+                _check_columns(names, header, path)
+                continue
+            where = f"line {reader.line_num}"
+            if any(values[len(names) :]):
+                raise TableError(f"slide table {path}, {where}: more values than columns; quote a value with a comma")
+            row = {name: value for name, value in zip(names, values) if not _UNNAMED.fullmatch(name)}
+            if any(row.values()):
+                named = [name for name in names if not _UNNAMED.fullmatch(name)]
+                rows.append((where, {**dict.fromkeys(named, ""), **row}))
+    except csv.Error as error:
+        raise TableError(f"slide table {path} is not readable as CSV: {error}; check its quotes") from error
+    if names is None:
+        _check_columns([], header, path)
+    return rows
+
+
+def _check_columns(names: Sequence[str], header: str, path: Path) -> None:
     absent = [c for c in ("slide_id", "path") if c not in names]
     if absent:
         raise TableError(
             f"slide table {path} has no column {' and no column '.join(absent)}; "
             f"its first line must name slide_id and path, it says {header[:120]!r}"
         )
-    if len(set(names)) != len(names):
-        raise TableError(f"slide table {path} names a column twice in its first line: {header[:120]!r}")
-    reader.fieldnames = names
-    rows: list[tuple[str, dict[str, Any]]] = []
-    try:
-        for row in reader:
-            where = f"line {reader.line_num}"
-            if "" in row:
-                raise TableError(f"slide table {path}, {where}: more values than columns; quote a value with a comma")
-            cells = {key: (value or "").strip() for key, value in row.items()}
-            if any(cells.values()):
-                rows.append((where, cells))
-    except csv.Error as error:
-        raise TableError(f"slide table {path} is not readable as CSV: {error}; check its quotes") from error
-    return rows
+    twice = [name for name, count in Counter(names).items() if count > 1 and not _UNNAMED.fullmatch(name)]
+    if twice:
+        raise TableError(f"slide table {path} names the column {twice[0][:60]!r} twice in its first line; rename one")
 
 
 def _rows_of_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or nesting without end
         raise TableError(f"datalist {path} is not readable as JSON: {error}; check the file") from error
     sections: dict[str | None, Any]
     if isinstance(content, list):
         sections = {None: content}
     elif isinstance(content, dict):
-        # A datalist's other keys ("name", "labels", "numTraining") describe it; only lists of items hold slides.
         sections = {
-            key: value
-            for key, value in content.items()
-            if isinstance(value, list) and value and all(isinstance(item, (dict, str)) for item in value)
+            key: value for key, value in content.items() if isinstance(value, list) and _lists_slides(key, value)
         }
     else:
         sections = {}
@@ -201,6 +233,10 @@ def _rows_of_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for section, items in sections.items():
         for number, item in enumerate(items):
             where = f"item {number}" + (f" of {section!r}" if section else "")
+            if not isinstance(item, (str, dict)):
+                raise TableError(
+                    f"datalist {path}, {where} is {str(item)[:60]!r}, no path and no item with 'image'; correct it"
+                )
             row: dict[str, Any] = {"image": item} if isinstance(item, str) else dict(item)
             slide = row.pop("image", None) or row.get("path")
             if not isinstance(slide, str):
@@ -213,16 +249,30 @@ def _rows_of_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def _lists_slides(section: str, items: list[Any]) -> bool:
+    """Whether a list of a datalist holds slides: others ("labels", "modality") describe the set."""
+    if section.casefold() in SECTIONS:
+        return True
+    return bool(items) and all(isinstance(item, dict) and ("image" in item or "path" in item) for item in items)
+
+
 def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
     at = f"slide table {table}, {where}"
     slide_id = _text(row.get("slide_id"))
     if slide_id is None:
         raise TableError(f"{at}: slide_id is empty; give every slide a name")
-    if _UNSAFE_ID.search(slide_id) or slide_id in (".", "..") or slide_id.startswith("."):
-        raise TableError(f"{at}: slide_id {slide_id!r} cannot be a file name; use letters, digits, '-', '_' and '.'")
+    too_long = len(slide_id.encode()) > _MAX_ID_BYTES
+    if too_long or _UNSAFE_ID.search(slide_id) or _RESERVED_ID.fullmatch(slide_id):
+        why = "is too long for a file name" if too_long else "cannot be a file name"
+        why = "is the name of another file" if _RESERVED_ID.fullmatch(slide_id) else why
+        raise TableError(f"{at}: slide_id {slide_id[:80]!r} {why}; use letters, digits, '-', '_' and '.'")
     path = _text(row.get("path"))
-    if path is None:
+    if path is None or "\0" in path:
         raise TableError(f"{at}: slide {slide_id} has no path; fill the column path")
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError:
+        raise TableError(f"{at}: the path {path!r} names a home folder that there is not; correct it") from None
     mpp = _number(row.get("mpp"), "mpp", at)
     if mpp is not None and not 0.01 <= mpp <= 100:
         raise TableError(f"{at}: mpp is {mpp:g}, but a scan has 0.01 to 100 micrometres per pixel; correct it")
@@ -231,9 +281,9 @@ def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
         raise TableError(f"{at}: fold is {fold:g}; give a whole number from 0")
     return SlideRecord(
         slide_id=slide_id,
-        path=(table.parent.resolve() / Path(path).expanduser()),
-        label=_text(row.get("label")),
-        patient_id=_text(row.get("patient_id")) or slide_id,
+        path=table.parent.resolve() / place,
+        label=_value(row.get("label")),
+        patient_id=_value(row.get("patient_id")) or slide_id,
         fold=None if fold is None else int(fold),
         mpp=mpp,
         extra={key: value for key, value in row.items() if key not in COLUMNS},
@@ -244,6 +294,12 @@ def _text(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return None
     return str(value).strip() or None
+
+
+def _value(value: Any) -> str | None:
+    """Text, or None for what other programs write where there is none."""
+    text = _text(value)
+    return None if text is None or text.casefold() in _NO_VALUE else text
 
 
 def _number(value: Any, name: str, at: str) -> float | None:
@@ -262,14 +318,34 @@ def _number(value: Any, name: str, at: str) -> float | None:
 def _check_unique(records: Sequence[SlideRecord], path: Path) -> None:
     first: dict[str, SlideRecord] = {}
     for record in records:
-        # Two names that differ in case alone are one file on Windows and macOS.
-        key = record.slide_id.casefold()
-        if key in first:
+        # Two names that differ in case alone, or in how an accent is written, are one file on Windows and macOS.
+        key = unicodedata.normalize("NFC", record.slide_id).casefold()
+        other = first.setdefault(key, record)
+        if other is not record:
+            again = (
+                "twice" if other.slide_id == record.slide_id else f"twice, once as {other.slide_id!r} (one file name)"
+            )
             raise TableError(
-                f"slide table {path} lists slide_id {record.slide_id!r} twice ({first[key].path} and {record.path}); "
+                f"slide table {path} lists slide_id {record.slide_id!r} {again} ({other.path} and {record.path}); "
                 "give every slide a name of its own"
             )
-        first[key] = record
+
+
+def _check_spelling(records: Sequence[SlideRecord], path: Path) -> None:
+    """Refuse one label or patient in two spellings: 1 beside 1.0 would be two classes, or a patient on both sides."""
+    for column in ("label", "patient_id"):
+        spelt: dict[str, str] = {}
+        for record in records:
+            value = getattr(record, column)
+            if value is None:
+                continue
+            key = re.sub(r"^([+-]?\d+)\.0+$", r"\1", value)
+            other = spelt.setdefault(key, value)
+            if other != value:
+                raise TableError(
+                    f"slide table {path} writes one {column} in two ways, {other!r} and {value!r}; write it in one "
+                    "(a spreadsheet or pandas turns whole numbers into fractions where a cell is empty)"
+                )
 
 
 def _check_split(records: Sequence[SlideRecord], path: Path) -> None:

@@ -32,8 +32,65 @@ def test_spreadsheet_exports(tmp_path, delimiter):
 
 
 def test_labels_that_pandas_would_change(tmp_path):
-    records = read_slide_table(write(tmp_path, "slide_id,path,label\n001,a.tif,01\n2,b.tif,NA\n"))
-    assert [(r.slide_id, r.label) for r in records] == [("001", "01"), ("2", "NA")]
+    records = read_slide_table(write(tmp_path, "slide_id,path,label\n001,a.tif,01\n2,b.tif,None\n"))
+    assert [(r.slide_id, r.label) for r in records] == [("001", "01"), ("2", "None")]
+
+
+@pytest.mark.parametrize("nothing", ["nan", "NaN", "NA", "N/A", "<NA>", "null"])
+def test_words_for_no_value_are_no_label_and_no_patient(tmp_path, nothing, caplog):
+    text = f"slide_id,path,label,patient_id\na,a.tif,{nothing},{nothing}\nb,b.tif,1,{nothing}\n"
+    a, b = read_slide_table(write(tmp_path, text))
+    assert (a.label, b.label) == (None, "1")
+    assert (a.patient_id, b.patient_id) == ("a", "b")  # not one patient of the name "nan"
+    assert "label of 1 slides says that there is none" in caplog.text
+
+
+def test_columns_without_a_name_are_passed_over(tmp_path):
+    wanted = [("a", "a.tif", {}), ("b", "b.tif", {})]
+    frame = pd.DataFrame({"slide_id": ["a", "b"], "path": ["a.tif", "b.tif"], "label": ["0", "1"]})
+    frame.to_csv(tmp_path / "index.csv")
+    pd.read_csv(tmp_path / "index.csv").to_csv(tmp_path / "twice.csv")  # "Unnamed: 0" beside an unnamed one
+    for text in ("slide_id,path,\na,a.tif\nb,b.tif,\n", "slide_id,path,,\na,a.tif,,\nb,b.tif,,\n"):
+        records = read_slide_table(write(tmp_path, text))
+        assert [(r.slide_id, r.path.name, r.extra) for r in records] == wanted
+    for text in ("slide_id,path\na,a.tif,\nb,b.tif,,\n",):  # commas in the rows alone
+        assert [(r.slide_id, r.path.name, r.extra) for r in read_slide_table(write(tmp_path, text))] == wanted
+    for name in ("index.csv", "twice.csv"):
+        records = read_slide_table(tmp_path / name)
+        assert [(r.slide_id, r.path.name, r.extra) for r in records] == wanted
+
+
+def test_what_a_spreadsheet_would_run_is_written_as_text_and_read_back(tmp_path):
+    cells = {"note": "=HYPERLINK(1)", "plus": "+1+cmd", "at": "@x", "minus": "-1.5", "quote": "'fine", "tab": "a"}
+    record = SlideRecord("s", tmp_path / "s.tif", "-x", "p", extra=cells)
+    path = write_slide_table(tmp_path / "out.csv", [record])
+    for row in pd.read_csv(path, dtype=str).itertuples(index=False):
+        assert not any(str(value)[0] in "=+@" for value in row)
+    assert "'=HYPERLINK" in path.read_text()
+    assert ",-1.5," in path.read_text()  # a number stays one
+    assert read_slide_table(path) == [record]
+
+
+def test_only_slides_of_a_datalist_are_slides(tmp_path):
+    content = {
+        "labels": ["neg", "pos"],
+        "modality": ["RGB"],
+        "classes": [{"name": "neg"}],
+        "training": ["a.tif"],
+        "extra": [{"image": "b.tif"}],
+    }
+    records = read_slide_table(write(tmp_path, json.dumps(content), "list.json"))
+    assert [r.slide_id for r in records] == ["a", "b"]
+    assert read_slide_table(write(tmp_path, "\ufeff" + json.dumps(["a.tif"]), "bom.json"))[0].slide_id == "a"
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[1, 2]", '[{"image": "a.tif", "fold": ' + "1" * 5000 + "}]", '{"training": [3]}']
+)
+def test_strange_json_is_refused_in_a_sentence(tmp_path, text):
+    with pytest.raises(TableError, match=r"list\.json") as caught:
+        read_slide_table(write(tmp_path, text, "list.json"))
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
 def test_quoted_comma_and_newline(tmp_path):
@@ -69,12 +126,24 @@ def test_datalist(tmp_path):
         ("slide_id,path\na/b,x.tif\n", "cannot be a file name"),
         ("slide_id,path\n..,x.tif\n", "cannot be a file name"),
         ("slide_id,path\na,\n", "no path"),
+        ("slide_id,path\na,~nobody-of-this-name/x.tif\n", "home folder"),
+        ("slide_id,path\nindex.html,x.tif\n", "name of another file"),
+        ("slide_id,path\nReport.csv,x.tif\n", "name of another file"),
+        ("slide_id,path\nNUL,x.tif\n", "name of another file"),
+        ("slide_id,path\na.,x.tif\n", "cannot be a file name"),
+        (f"slide_id,path\n{'a' * 300},x.tif\n", "too long"),
+        ("slide_id,path\n\u00e9,x.tif\ne\u0301,y.tif\n", "one file name"),
+        ("slide_id,path,label\na,x,1\nb,y,1.0\n", "label in two ways, '1' and '1.0'"),
+        ("slide_id,path,patient_id\na,x,7.0\nb,y,7\n", "patient_id in two ways"),
+        ('slide_id,path\na,"x.tif\n', "check its quotes"),
+        (f"slide_id,path,{'x' * 200_000}\na,x.tif\n", "check its quotes"),
+        (f"{'x' * 1000},path\na,x.tif\n", "no column slide_id"),
         ("slide_id,path,mpp\na,x,abc\n", "no number"),
         ("slide_id,path,mpp\na,x,nan\n", "no number"),
         ("slide_id,path,mpp\na,x,0\n", "micrometres per pixel"),
         ("slide_id,path,fold\na,x,1.5\n", "whole number"),
         ("slide_id,path\na,x,y\n", "more values"),
-        ("slide_id,path,path\na,x,y\n", "column twice"),
+        ("slide_id,path,path\na,x,y\n", "column .path. twice"),
         ("slide_id,path,patient_id,fold\na,x,p,0\nb,y,p,1\n", "patient p is on both sides"),
         ("slide_id,path,patient_id,split\na,x,p,train\nb,y,p,test\n", "patient p is on both sides"),
     ],

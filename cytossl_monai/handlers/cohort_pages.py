@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from ignite.engine import Engine, Events
 
+from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.files import atomic_path
 from cytossl_monai.utils.report import RunReport
 from cytossl_monai.visualize.cohort_page import write_cohort_page
@@ -63,5 +64,5 @@ def write_predictions(path: Path, answers: Sequence[dict[str, Any]], failed: dic
     ]
     rows += [{"slide_id": name, "status": "failed"} for name in sorted(failed)]
     with atomic_path(path) as partial:
-        pd.DataFrame(rows).to_csv(partial, index=False)
+        pd.DataFrame(rows).map(plain_cell).to_csv(partial, index=False)
     return path

@@ -16,6 +16,7 @@ from monai.utils.enums import CommonKeys as Keys
 from cytossl_monai.engines.mil.evaluation import prediction_table, write_evaluation
 from cytossl_monai.metrics.bootstrap import Interval
 from cytossl_monai.networks.mil.classifier import MILPrediction
+from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.files import atomic_path
 
 __all__ = ["PredictionReport"]
@@ -101,4 +102,4 @@ class PredictionReport:
             return
         table = prediction_table(self._slides, self._patients, probabilities, self.classes, self.target)
         with atomic_path(self.output_dir / "predictions.csv") as partial:
-            table.to_csv(partial, index=False, float_format="%.6f")
+            table.map(plain_cell).to_csv(partial, index=False, float_format="%.6f")

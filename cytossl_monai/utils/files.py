@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cytossl_monai.utils.errors import CheckpointError
+from cytossl_monai.utils.errors import CheckpointError, InputError
 
 __all__ = ["atomic_path", "file_fingerprint", "read_torch", "sha256_file", "write_json", "write_text"]
 
 _SAMPLE_BYTES = 1 << 20
+_MEMBER_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
@@ -98,23 +99,45 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
     """A short digest of a file's size, first and last mebibyte: cheap on a slide of many gigabytes.
 
-    A directory (MRXS data, DICOM series) is digested by the names and sizes of what it holds.
+    A directory (MRXS data, DICOM series) is digested by the names, sizes, first and last 64 KiB of what it holds.
 
     Returns:
         16 hexadecimal digits. A copy of the file has the same ones; the modification time does not count.
+
+    Raises:
+        InputError: when the path is neither file nor folder, but a pipe that would never end, or a device.
     """
     path = Path(path)
-    digest = hashlib.sha256()
     if path.is_dir():
-        for member in sorted(path.rglob("*")):
-            if member.is_file():
-                digest.update(f"{member.relative_to(path)}:{member.stat().st_size}".encode())
-        return digest.hexdigest()[:16]
+        return _folder_digest(path).hex()[:16]
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file (a pipe, socket or device); give a file")
+    digest = hashlib.sha256()
     size = path.stat().st_size
     digest.update(str(size).encode())
     with open(path, "rb") as stream:
-        digest.update(stream.read(_SAMPLE_BYTES))
-        if size > 2 * _SAMPLE_BYTES:
+        if size <= 2 * _SAMPLE_BYTES:
+            digest.update(stream.read())
+        else:
+            digest.update(stream.read(_SAMPLE_BYTES))
             stream.seek(-_SAMPLE_BYTES, os.SEEK_END)
             digest.update(stream.read(_SAMPLE_BYTES))
+    # A MIRAX slide is its folder of the same name; the .mrxs file is a picture of the label.
+    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
+        digest.update(_folder_digest(path.with_suffix("")))
     return digest.hexdigest()[:16]
+
+
+def _folder_digest(folder: Path) -> bytes:
+    """Digest of the names, sizes, first and last 64 KiB of a folder's files."""
+    digest = hashlib.sha256()
+    for member in sorted(folder.rglob("*")):
+        if not member.is_file():
+            continue
+        size = member.stat().st_size
+        digest.update(f"{member.relative_to(folder)}:{size}".encode())
+        with open(member, "rb") as stream:
+            digest.update(stream.read(_MEMBER_BYTES))
+            stream.seek(max(_MEMBER_BYTES, size - _MEMBER_BYTES))
+            digest.update(stream.read(_MEMBER_BYTES))
+    return digest.digest()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.files import atomic_path
 
 __all__ = ["EXIT_PARTIAL", "ItemStatus", "RunReport", "finish"]
@@ -84,7 +85,9 @@ class RunReport:
         with atomic_path(self.path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(("item", "status", "message", "seconds"))
-            writer.writerows((i.item, i.status, i.message, f"{i.seconds:.2f}") for i in self.items)
+            writer.writerows(
+                (plain_cell(i.item), i.status, plain_cell(i.message), f"{i.seconds:.2f}") for i in self.items
+            )
         return Path(self.path)
 
 

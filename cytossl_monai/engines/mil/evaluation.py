@@ -14,6 +14,7 @@ import pandas as pd
 from cytossl_monai.metrics.bootstrap import Interval, bootstrap_intervals
 from cytossl_monai.metrics.calibration import brier_score, expected_calibration_error
 from cytossl_monai.metrics.classification import classification_metrics, decisions
+from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.files import atomic_path, write_json
 from cytossl_monai.visualize.curves_mil import plot_confusion_matrix, plot_roc
 
@@ -90,7 +91,7 @@ def write_evaluation(
     intervals = bootstrap_intervals(figures, len(labels), patients, strata, n_resamples, seed=seed)
     table = prediction_table(slides, patients, probabilities, classes, target, labels)
     with atomic_path(folder / "predictions.csv") as partial:
-        table.to_csv(partial, index=False, float_format="%.6f")
+        table.map(plain_cell).to_csv(partial, index=False, float_format="%.6f")
     predicted = decisions(probabilities, target)
     plot_confusion_matrix(folder / "confusion_matrix.png", labels, predicted, classes)
     if plot_roc(folder / "roc.png", labels, probabilities, classes, target) is None:

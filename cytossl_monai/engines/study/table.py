@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.files import atomic_path, write_text
 
 __all__ = ["markdown_table", "write_table"]
@@ -58,7 +59,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str
     with atomic_path(paths[0]) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, names)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: plain_cell(value) for name, value in row.items()} for row in rows)
     write_text(paths[1], markdown_table(rows))
     _draw(rows, paths[2])
     return paths

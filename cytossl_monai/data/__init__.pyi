@@ -1,4 +1,9 @@
 from .bags.dataset import BagDataset as BagDataset, collate_bags as collate_bags
+from .bags.exchange import (
+    FeatureExporter as FeatureExporter,
+    export_clam as export_clam,
+    export_trident as export_trident,
+)
 from .bags.features import read_features as read_features, write_features as write_features
 from .bags.items import bag_encoder as bag_encoder, bag_items as bag_items
 from .bags.sampler import BagBatchSampler as BagBatchSampler
@@ -29,6 +34,7 @@ from .tiles.sampler import SSLBatchSampler as SSLBatchSampler
 __all__ = [
     "BagBatchSampler",
     "BagDataset",
+    "FeatureExporter",
     "ImageFolder",
     "LabelledImages",
     "LoadBagd",
@@ -46,6 +52,8 @@ __all__ = [
     "bag_encoder",
     "bag_items",
     "collate_bags",
+    "export_clam",
+    "export_trident",
     "list_images",
     "make_slides",
     "open_slide",

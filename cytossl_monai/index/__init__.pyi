@@ -4,6 +4,15 @@ from .build import (
     index_slide as index_slide,
     index_slides as index_slides,
 )
+from .imported import TileImporter as TileImporter, import_index as import_index
 from .low_power import InkRules as InkRules
 
-__all__ = ["IndexSettings", "InkRules", "SlideIndexer", "index_slide", "index_slides"]
+__all__ = [
+    "IndexSettings",
+    "InkRules",
+    "SlideIndexer",
+    "TileImporter",
+    "import_index",
+    "index_slide",
+    "index_slides",
+]

@@ -1,13 +1,15 @@
 from .ahead import AheadLoader as AheadLoader
+from .browse import CellBrowser as CellBrowser, cell_fields as cell_fields
 from .classify import SlideClassifier as SlideClassifier, SlidePrediction as SlidePrediction
 from .embed import FeatureEmbedder as FeatureEmbedder, embed_slides as embed_slides, embed_tiles as embed_tiles
 from .encoder import bundle_encoder as bundle_encoder
 from .evaluator import SlideEvaluator as SlideEvaluator
 from .evidence import SlideEvidence as SlideEvidence
-from .slides import IndexSlided as IndexSlided, slide_items as slide_items
+from .slides import IndexSlided as IndexSlided, slide_items as slide_items, slide_records as slide_records
 
 __all__ = [
     "AheadLoader",
+    "CellBrowser",
     "FeatureEmbedder",
     "IndexSlided",
     "SlideClassifier",
@@ -15,7 +17,9 @@ __all__ = [
     "SlideEvidence",
     "SlidePrediction",
     "bundle_encoder",
+    "cell_fields",
     "embed_slides",
     "embed_tiles",
     "slide_items",
+    "slide_records",
 ]

@@ -1,3 +1,4 @@
+from .cells_page import write_cells_page as write_cells_page
 from .cohort_page import write_cohort_page as write_cohort_page
 from .curves_mil import (
     plot_confusion_matrix as plot_confusion_matrix,
@@ -22,6 +23,7 @@ __all__ = [
     "plot_few_shot",
     "plot_roc",
     "tile_map",
+    "write_cells_page",
     "write_cohort_page",
     "write_geojson",
     "write_heatmap_tiff",

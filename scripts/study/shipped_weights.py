@@ -8,8 +8,8 @@
     python scripts/study/shipped_weights.py pack --encoder shipped/models/model.pt
 
 ``tiles`` cuts 112 px around every nucleus that this package finds in the frames of CRIC, the LBC fields (enlarged
-twice) and the Giemsa fields, and around 3,500 of the slide ``wsi/csf-pap.tif``. No label is read. ``pack`` stores the encoder
-in half precision, with what a user must know to apply it, beside the bundle's configurations.
+twice) and the Giemsa fields, and around 3,500 of the slide ``wsi/csf-pap.tif``. No label is read. ``pack`` stores the
+encoder in half precision, with what a user must know to apply it, beside the bundle's configurations.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def make_tiles(data: Path, out: Path) -> None:
 
 
 def pack(source: Path, target: Path = SHIPPED) -> Path:
-    """Write an encoder of pretraining in half precision, with the fields it is for; the weights read back as float32."""
+    """Write an encoder of pretraining in half precision, with the fields it is for; it is read back as float32."""
     encoder, meta = load_encoder(source)
     kept = Encoder(encoder.network, encoder.pool, encoder.mean.flatten().tolist(), encoder.std.flatten().tolist())
     kept.network.half()

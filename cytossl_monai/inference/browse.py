@@ -165,7 +165,8 @@ class CellBrowser:
             start = time.perf_counter()
             item = self.index({"slide_id": record.slide_id, "record": record})
             if "problem" in item:
-                report.add(record.slide_id, *item["problem"], time.perf_counter() - start)
+                status, why = item["problem"]
+                report.add(record.slide_id, status, why, time.perf_counter() - start)
                 continue
             try:
                 count = self._browse(record, item["index"])

@@ -17,7 +17,7 @@ from cytossl_monai.inference.embed import EmbedTimes, embed_tiles
 from cytossl_monai.inference.slides import IndexSlided, slide_records
 from cytossl_monai.networks.nets.encoder import encoder_hash
 from cytossl_monai.networks.open import open_encoder
-from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.errors import failure
 from cytossl_monai.utils.parallel import default_workers
 
 __all__ = ["SlideToBag", "find_slides"]
@@ -115,8 +115,8 @@ class SlideToBag(Transform):
                     num_threads=self.num_threads,
                     times=item["times"],
                 )
-        except (InputError, OSError) as error:
-            item["problem"] = ("failed", str(error))
+        except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
+            item["problem"] = ("failed", failure(error))
         return item
 
     def bag(self, item: Mapping[str, Any]) -> Tensor:

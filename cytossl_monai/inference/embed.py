@@ -28,7 +28,7 @@ from cytossl_monai.inference.ahead import read_ahead
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_other_features, warn_of_tile_size
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.open import open_encoder
-from cytossl_monai.utils.errors import FeatureError, InputError, TableError
+from cytossl_monai.utils.errors import FeatureError, TableError
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers
 from cytossl_monai.utils.report import RunReport
@@ -278,37 +278,24 @@ def embed_slides(
     encoder = prepare_encoder(encoder, device, channels_last, compile)
     warn_of_other_features(folder, encoder_id, encoder_name)
     warned = False
-    for record in tqdm(records, desc="embed", unit="slide", disable=not progress or len(records) < 2):
-        start = time.perf_counter()
-        path = folder / f"{record.slide_id}.h5"
-        try:
-            index = _index_of(record, index_folder)
-            warned = warned or warn_of_tile_size(encoder, index.tile_size, index.mpp)
-            if is_current(path, record.path, index, encoder_id, dtype):
-                report.add(record.slide_id, "current", f"{len(index)} tiles", time.perf_counter() - start)
-                continue
-            if batch_size is None:
-                batch_size = fitting_batch(encoder, index.tile_size, device, amp)
-            embed_to_file(
-                path,
-                record,
-                index,
-                encoder,
-                encoder_id,
-                encoder_name,
-                batch_size,
-                device,
-                dtype,
-                amp,
-                num_threads,
-                inferer,
-                progress=progress,
-            )
-        except (InputError, OSError) as error:
-            report.add(record.slide_id, "failed", str(error), time.perf_counter() - start)
-            continue
-        report.add(record.slide_id, "done", f"{len(index)} tiles", time.perf_counter() - start)
-    report.save()
+    try:
+        for record in tqdm(records, desc="embed", unit="slide", disable=not progress or len(records) < 2):
+            with report.item(record.slide_id) as line:
+                path = folder / f"{record.slide_id}.h5"
+                index = _index_of(record, index_folder)
+                line.message = f"{len(index)} tiles"
+                warned = warned or warn_of_tile_size(encoder, index.tile_size, index.mpp)
+                if is_current(path, record.path, index, encoder_id, dtype):
+                    line.status = "current"
+                    continue
+                if batch_size is None:
+                    batch_size = fitting_batch(encoder, index.tile_size, device, amp)
+                embed_to_file(
+                    path, record, index, encoder, encoder_id, encoder_name, batch_size, device, dtype, amp, num_threads,
+                    inferer, progress=progress,
+                )  # fmt: skip
+    finally:
+        report.save()
     return report
 
 

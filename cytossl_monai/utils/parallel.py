@@ -163,11 +163,22 @@ def _serve(pipe: Connection, function: Callable[[Any], Any], inherited: Sequence
             answer: tuple[Any, Exception | None] = (function(item), None)
         except Exception as error:  # noqa: BLE001 - every failure of an item is its outcome
             answer = (None, error)
-        try:
-            pipe.send(answer)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            told = answer[1] if answer[1] is not None else error
-            pipe.send((None, RuntimeError(f"{type(told).__name__}: {told}")))
+        pipe.send_bytes(_portable(answer))
+
+
+def _portable(answer: tuple[Any, Exception | None]) -> bytes:
+    """An answer as bytes that the other side can really read.
+
+    An exception with a constructor of its own often pickles and does not unpickle: it goes as its name and its words.
+    """
+    try:
+        message = pickle.dumps(answer)
+        if answer[1] is not None:
+            pickle.loads(message)
+        return message
+    except Exception as error:  # noqa: BLE001 - whatever its pickling raises
+        failure = answer[1] if answer[1] is not None else error
+        return pickle.dumps((None, RuntimeError(f"{type(failure).__name__}: {failure}")))
 
 
 def _run_processes(
@@ -191,13 +202,18 @@ def _run_processes(
                 worker = busy[pipe]  # type: ignore[index]
                 item = items[worker.at]  # type: ignore[index]
                 try:
-                    result, error = worker.pipe.recv()
-                    worker.at = None
-                    yield Outcome(item, result, error)
+                    message = worker.pipe.recv_bytes()
                 except (EOFError, ConnectionResetError):
                     worker.stop()
                     workers.remove(worker)
                     yield Outcome(item, error=WorkerDiedError(_epitaph(worker.process.exitcode)))
+                    continue
+                worker.at = None
+                try:
+                    result, error = pickle.loads(message)
+                except Exception as unreadable:  # noqa: BLE001 - a result that does not unpickle is its item's failure
+                    result, error = None, RuntimeError(f"its result cannot be read: {unreadable}")
+                yield Outcome(item, result, error)
     finally:
         for worker in workers:
             worker.stop()

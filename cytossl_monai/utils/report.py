@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import os
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from cytossl_monai.utils.cells import plain_cell
+from cytossl_monai.utils.errors import failure
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["EXIT_PARTIAL", "ItemStatus", "RunReport", "finish"]
+__all__ = ["EXIT_PARTIAL", "ItemProgress", "ItemStatus", "RunReport", "finish"]
 
 EXIT_PARTIAL = 3
 """Exit status of a run that finished but left items out."""
@@ -40,6 +44,14 @@ class ItemStatus:
 
 
 @dataclass
+class ItemProgress:
+    """What the work on an item says of it; see `RunReport.item`."""
+
+    status: Status = "done"
+    message: str = ""
+
+
+@dataclass
 class RunReport:
     """Collects one line per item, logs each as it comes, and writes them as CSV.
 
@@ -57,6 +69,26 @@ class RunReport:
         self.items.append(ItemStatus(item, status, message, seconds))
         level = logging.ERROR if status == "failed" else logging.WARNING if status == "empty" else logging.INFO
         logger.log(level, "%s %s: %s%s", self.title, item, status, f" - {message}" if message else "")
+
+    @contextlib.contextmanager
+    def item(self, item: str) -> Iterator[ItemProgress]:
+        """Work on one item, so that its failure, whatever it is, costs only itself.
+
+        Adds one line: ``done``, or what the body set ``status`` and ``message`` of the yielded object to, or ``failed``
+        with the sentence of the error. A run that is asked to stop (`KeyboardInterrupt`, `SystemExit`) stops.
+
+        Args:
+            item: what it is about.
+
+        Yields:
+            the line to be, with ``status`` and ``message``.
+        """
+        line, start = ItemProgress(), time.perf_counter()
+        try:
+            yield line
+        except Exception as error:  # noqa: BLE001 - every failure of an item is its own, whatever it is
+            line.status, line.message = "failed", failure(error)
+        self.add(item, line.status, line.message, time.perf_counter() - start)
 
     @property
     def left_out(self) -> list[ItemStatus]:

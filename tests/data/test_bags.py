@@ -9,6 +9,7 @@ from cytossl_monai.data.bags.items import bag_encoder, bag_items, encode_targets
 from cytossl_monai.data.bags.sampler import BagBatchSampler
 from cytossl_monai.data.bags.transforms import RandTileDropoutd, RandTileSampled
 from cytossl_monai.data.slide_table import SlideRecord
+from cytossl_monai.engines.mil.trainer import bag_loader
 from cytossl_monai.utils.errors import FeatureError, TableError
 
 
@@ -110,6 +111,25 @@ def test_tile_dropout_and_sampling_keep_rows_together():
     assert len(sizes) > 5
     single = {"features": x[:1], "coords": item["coords"][:1]}
     assert len(dropped(single)["features"]) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_epoch_draws_other_tiles_whoever_reads_them(tmp_path, num_workers):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        write_features(
+            tmp_path / f"s{i}.h5", rng.standard_normal((40, 4)).astype("f4"), np.arange(80).reshape(40, 2), {}
+        )
+    items = items_of(tmp_path)
+    epochs = []
+    for workers in (num_workers, 0):
+        dataset = BagDataset(items, transform=RandTileSampled(5))
+        loader = bag_loader(dataset, 2, training=True, balanced=False, num_workers=workers, seed=3)
+        epochs.append([{s: c for b in loader for s, c in zip(b["slide_id"], b["coords"])} for _ in range(3)])
+    for first, second in zip(*epochs):
+        assert all(torch.equal(first[slide], second[slide]) for slide in first), "the number of workers matters"
+    drawn = [tuple(epoch[slide][:, 0].tolist()) for epoch in epochs[0] for slide in sorted(epoch)]
+    assert len(set(drawn)) == len(drawn), "a slide's tiles are those of another epoch or slide"
 
 
 def test_sampler_shows_every_bag_once_and_bounds_batches():

@@ -16,6 +16,7 @@ from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.methods.simclr import SimCLR
 from cytossl_monai.metrics.logged import scalars
+from cytossl_monai.transforms.views.generator import ViewGenerator
 from cytossl_monai.utils.errors import TrainingDiverged
 
 
@@ -274,3 +275,11 @@ def test_nothing_is_saved_unchecked(tmp_path: Path) -> None:
 def test_wrong_arguments_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(None, **options)
+
+
+def test_batches_of_different_sizes_are_refused_where_several_processes_share_one(monkeypatch) -> None:
+    views = ViewGenerator(global_size=18, n_local=0, drop_empty=True)
+    make_trainer(None, views=views)
+    monkeypatch.setattr("cytossl_monai.engines.ssl.trainer.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="drop_empty leaves batches of different sizes"):
+        make_trainer(None, views=views)

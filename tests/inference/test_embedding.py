@@ -111,6 +111,23 @@ def test_embed_names_slides_without_index(cohort, tmp_path):
     assert "index the slide first" in report.loc["new", "message"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("tiles of 100 px, patch 8")])
+def test_a_slide_that_fails_in_the_encoder_does_not_end_the_run(cohort, tmp_path, monkeypatch, error):
+    from cytossl_monai.inference import embed
+
+    def failing(path, record, *args, **kwargs):
+        if record.slide_id == "slide_0000":
+            raise error
+        return original(path, record, *args, **kwargs)
+
+    original = embed.embed_to_file
+    monkeypatch.setattr(embed, "embed_to_file", failing)
+    status, report = run_embed(cohort, tmp_path)
+    assert status == 3
+    assert report["status"].tolist() == ["failed", "done"]
+    assert str(error) in report.loc["slide_0000", "message"]
+
+
 @pytest.fixture
 def bag():
     return np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)

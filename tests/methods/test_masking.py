@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,33 @@ def test_counter_resumes_and_stands_still_in_evaluation() -> None:
     assert other.take(4) == 16
     other.eval()
     assert [other.take(4), other.take(4)] == [20, 20]
+
+
+def test_counting_samples_compiles_nothing_anew() -> None:
+    """The count changes at every step; a compiled method that saw it as a constant would compile every step."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, example: list) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counter = SampleCounter()
+            self.linear = torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.linear(x)
+            self.counter.take(len(x))
+            return self.linear(x)
+
+    torch._dynamo.reset()
+    module = Counting().train()
+    step = torch.compile(module, backend=backend)
+    step(torch.rand(4, 2))
+    after_one = len(compiled)
+    for _ in range(4):
+        step(torch.rand(4, 2))
+    assert len(compiled) == after_one
+    assert int(module.counter.seen) == 20

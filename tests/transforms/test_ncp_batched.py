@@ -122,3 +122,24 @@ def test_metatensors_are_taken_and_given_back(op: str) -> None:
         plain = ncp(source, masks, 0.5, seeds=seeds)
         assert torch.equal(out.as_tensor(), plain)
     assert not torch.equal(expected, images)
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        (torch.zeros(2, 1, 8, 9), r"masks has the shape .*\(2, 1, 8, 8\)"),
+        (torch.zeros(3, 1, 8, 8), "masks has the shape"),
+        (None, "masks is a NoneType"),
+    ],
+)
+def test_shapes_are_looked_at_without_check_too(masks: torch.Tensor, words: str) -> None:
+    ncp = BatchedNCP("default", prob=1.0)
+    images = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=words):
+        ncp(images, masks, 0.5, check=False)
+    with pytest.raises(ValueError, match="dtype torch"):
+        ncp(images.long(), torch.zeros(2, 1, 8, 8), 0.5, check=False)
+    mask = torch.rand(2, 1, 8, 8) < 0.3
+    seeds = torch.arange(2)
+    bools = ncp(images, mask, 0.5, seeds=seeds)
+    assert torch.equal(ncp(images, mask.to(torch.uint8), 0.5, seeds=seeds, check=False), bools)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from monai.data import DataLoader, Dataset, GridPatchDataset, MetaTensor, PersistentDataset
+from monai.data import DataLoader, Dataset, GridPatchDataset, MetaTensor, PersistentDataset, set_track_meta
 from monai.transforms import Compose
 
 from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.transforms import NucleiCenteredPerturbd, SegmentNuclei, SegmentNucleid
+from cytossl_monai.transforms.kernels.checks import stated_mpp
 from cytossl_monai.transforms.tiling.array import LoadSlide, LoadTile, TileSlide, tile_affine
 from cytossl_monai.transforms.tiling.dictionary import IterateTiles, LoadSlided, LoadTiled, TileSlided
 
@@ -76,6 +79,39 @@ def test_compose_gives_tiles_that_know_where_they_lie(slide_file: Path) -> None:
     dark = (tile.float().mean(0) < 150).nonzero().float().mean(0)
     place = tile.affine @ torch.tensor([*dark.tolist(), 0.0, 1.0], dtype=torch.float64)
     np.testing.assert_allclose(place[:2], np.array([420, 450]) * 0.25, atol=0.3)
+
+
+@pytest.mark.parametrize("track_meta", [True, False])
+def test_lengths_are_the_tiles_not_the_slides(slide_file: Path, track_meta: bool) -> None:
+    """The sample's ``mpp`` is the slide's, 0.25; the tiles are cut at 0.5."""
+    seen = []
+    nuclei = SegmentNucleid("image", mask_keys="nuclei")
+    perturb = NucleiCenteredPerturbd("image", {"noise": 1.0}, "nuclei", margin_um=4.0)
+    steps = [LoadSlided("image"), TileSlided("image", tile_size=96, mpp=0.5), LoadTiled("image"), nuclei, perturb]
+    set_track_meta(track_meta)
+    try:
+        out = Compose(steps)({"image": str(slide_file), "mpp": 0.25})
+        assert all(item["mpp"] == 0.5 and item["slide_mpp"] == 0.25 for item in out)
+        for item in Compose(steps[:3])({"image": str(slide_file), "mpp": 0.25}):
+            expected = SegmentNuclei(mpp=0.5)(item["image"])
+            assert torch.equal(torch.as_tensor(nuclei(item)["nuclei"]), torch.as_tensor(expected))
+            kept = {**item, "nuclei": expected}
+            again = NucleiCenteredPerturbd("image", {"noise": 1.0}, "nuclei", mpp=0.5, margin_um=4.0)(kept)
+            assert torch.equal(torch.as_tensor(perturb(kept)["image"]), torch.as_tensor(again["image"]))
+            seen.append(float(torch.as_tensor(expected).sum()))
+    finally:
+        set_track_meta(True)
+    assert max(seen) > 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "own", "item", "expected"),
+    [(0.1, 0.2, 0.3, 0.1), (None, 0.2, 0.3, 0.2), (None, None, 0.3, 0.3), (0.1, None, None, 0.1), (None, 0.2, "", 0.2)],
+)
+def test_one_order_for_the_resolution(argument: Any, own: Any, item: Any, expected: float) -> None:
+    image = MetaTensor(torch.zeros(3, 4, 4), meta={} if own is None else {"mpp": own})
+    assert stated_mpp(argument, image, item) == expected
+    assert stated_mpp(None, torch.zeros(3, 4, 4), float("nan")) is None
 
 
 def test_affine_agrees_between_resolutions() -> None:

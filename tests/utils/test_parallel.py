@@ -19,6 +19,10 @@ def work(item):
         return lambda: None
     if item == "bad error":
         raise Unpicklable
+    if item == "two arguments":
+        raise TwoArguments("slide 3", 7)
+    if item == "sticky":
+        return Sticky()
     if item == "pid":
         time.sleep(0.2)
         return os.getpid()
@@ -28,6 +32,20 @@ def work(item):
 class Unpicklable(Exception):
     def __reduce__(self):
         raise TypeError("stays here")
+
+
+class TwoArguments(Exception):
+    """Pickles, and does not unpickle: what many libraries raise."""
+
+    def __init__(self, where, code):
+        super().__init__(f"{where}: code {code}")
+
+
+class Sticky:
+    """A result that pickles, and does not unpickle."""
+
+    def __reduce__(self):
+        return int, ("not a number",)
 
 
 def outcomes(items, **kwargs):
@@ -65,6 +83,13 @@ def test_what_cannot_be_sent_back_is_an_error():
     assert isinstance(found["unpicklable"].error, RuntimeError)
     assert "Unpicklable" in str(found["bad error"].error)
     assert found[1].result == 2
+
+
+def test_what_does_not_unpickle_costs_only_its_item():
+    found = outcomes([1, "two arguments", 2, "sticky", 3], num_workers=2)
+    assert {k: v.result for k, v in found.items() if v.error is None} == {1: 2, 2: 4, 3: 6}
+    assert str(found["two arguments"].error) == "TwoArguments: slide 3: code 7"
+    assert "cannot be read" in str(found["sticky"].error)
 
 
 def test_runs_in_processes_of_its_own():

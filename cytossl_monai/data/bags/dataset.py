@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import Dataset
+from monai.transforms import Randomizable
 
 from cytossl_monai.data.bags.features import read_feature_attrs
 from cytossl_monai.data.bags.items import Item
+from cytossl_monai.data.bags.sampler import Drawn
 from cytossl_monai.data.bags.transforms import LoadBagd
 from cytossl_monai.utils.errors import FeatureError
 
@@ -25,7 +27,8 @@ class BagDataset(Dataset):
 
     Args:
         data: items of ``bag_items``.
-        transform: applied after loading; random ones draw anew every time.
+        transform: applied after loading; random ones draw anew every time, by the seed that a ``BagBatchSampler``
+            gives a draw.
         encoder: ``hash`` and ``dim`` the features must have (``bag_encoder``); None takes any.
         cache_gb: keep loaded bags up to this many gigabytes; beyond it they are read again.
     """
@@ -50,7 +53,11 @@ class BagDataset(Dataset):
             if size <= self._left:
                 self._left -= size
                 self._cache[index] = item
-        return self.transform(dict(item)) if self.transform is not None else dict(item)
+        if self.transform is None:
+            return dict(item)
+        if isinstance(index, Drawn) and isinstance(self.transform, Randomizable):
+            self.transform.set_random_state(seed=index.seed % 2**32)
+        return self.transform(dict(item))
 
     def sizes(self) -> list[int]:
         """Number of tiles of every bag, before any transform."""

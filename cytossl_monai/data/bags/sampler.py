@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["BagBatchSampler"]
+from cytossl_monai.utils.seeding import derive_seed
+
+__all__ = ["BagBatchSampler", "Drawn"]
+
+
+class Drawn(int):
+    """The number of a bag, with the seed of this draw of it.
+
+    The seed travels with the number to whichever process reads the bag: what is drawn from it differs from epoch to
+    epoch, and does not depend on how many processes read.
+    """
+
+    seed: int
+
+    def __new__(cls, number: int, seed: int) -> Drawn:
+        """A number that is a ``Drawn``."""
+        drawn = super().__new__(cls, number)
+        drawn.seed = seed
+        return drawn
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Drawn, (int(self), self.seed)
 
 
 class BagBatchSampler(Sampler[list[int]]):
@@ -88,9 +110,12 @@ class BagBatchSampler(Sampler[list[int]]):
         return batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self._batches(self.epoch)
+        # A generator: a loader with workers makes two iterators and uses one, which is the one that counts an epoch.
+        epoch, batches = self.epoch, self._batches(self.epoch)
         self.epoch += 1
-        return iter(batches)
+        draws = itertools.count()
+        for batch in batches:
+            yield [Drawn(bag, derive_seed(self.seed, epoch, next(draws))) if self.shuffle else bag for bag in batch]
 
     def __len__(self) -> int:
         return len(self._batches(self.epoch))

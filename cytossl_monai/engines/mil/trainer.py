@@ -150,9 +150,6 @@ def bag_loader(
     sampler = BagBatchSampler(
         dataset.sizes(), batch_size, labels, training and balanced, max_tiles, shuffle=training, seed=seed
     )
-    transform = dataset.transform
-    if training and transform is not None and hasattr(transform, "set_random_state"):
-        transform.set_random_state(seed=seed)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_bags, num_workers=num_workers)
 
 

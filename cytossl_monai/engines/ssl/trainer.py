@@ -26,7 +26,7 @@ from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, load_checkpoi
 from cytossl_monai.engines.ssl.optim import set_hyperparameters
 from cytossl_monai.engines.ssl.protocol import Stateful
 from cytossl_monai.engines.ssl.wrap import unwrap
-from cytossl_monai.utils.distributed import is_main, rank
+from cytossl_monai.utils.distributed import is_main, rank, world_size
 from cytossl_monai.utils.errors import CheckpointError, TrainingDiverged
 from cytossl_monai.utils.seeding import derive_seed, seed_all
 
@@ -134,6 +134,11 @@ class SSLTrainer(Trainer):
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+        if getattr(views, "drop_empty", False) and world_size() > 1:
+            raise ValueError(
+                "drop_empty leaves batches of different sizes in the processes, which losses over all of them cannot "
+                "join: set it to false, or index with min_nuclei 1"
+            )
         length = epoch_length or len(train_data_loader)  # type: ignore[arg-type]
         self.total_steps = int(max_steps) if max_steps is not None else int(max_epochs) * int(length)
         super().__init__(

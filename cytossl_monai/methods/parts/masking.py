@@ -31,6 +31,7 @@ class SampleCounter(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self._seen = 0  # the same on the host: reading the buffer would wait for the device at every step
 
+    @torch.compiler.disable  # a number of Python that changes at every step: each would be compiled anew
     def take(self, batch: int) -> int:
         """Number of the first of ``batch`` local samples; while training, the count moves on by the joined batch."""
         first = self._seen + rank() * batch

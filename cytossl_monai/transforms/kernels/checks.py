@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
-__all__ = ["check_images", "check_masks", "check_mpp"]
+__all__ = ["check_images", "check_masks", "check_mpp", "stated_mpp"]
 
 
-def check_images(images: Any, key: str = "images", dims: int = 4) -> None:
+def check_images(images: Any, key: str = "images", dims: int = 4, values: bool = True) -> None:
     """Images have 1 or 3 channels, are uint8 or floating point in [0, 1], and hold no NaN.
 
     Args:
         images: (B, C, H, W), or (C, H, W) for ``dims`` 3.
         key: what to call them in a message.
         dims: how many dimensions are wanted.
+        values: look at the values too, which makes a GPU wait.
 
     Raises:
         ValueError: where they are not.
@@ -31,7 +34,7 @@ def check_images(images: Any, key: str = "images", dims: int = 4) -> None:
         return
     if not images.is_floating_point():
         raise ValueError(f"{key} has the dtype {images.dtype}; allowed is uint8, or floating point in [0, 1]")
-    if images.numel() == 0:
+    if images.numel() == 0 or not values:
         return
     low, high = torch.aminmax(images.detach())
     low_value, high_value = float(low), float(high)
@@ -46,13 +49,14 @@ def check_images(images: Any, key: str = "images", dims: int = 4) -> None:
         )
 
 
-def check_masks(masks: Any, images: Tensor, key: str = "masks") -> Tensor:
+def check_masks(masks: Any, images: Tensor, key: str = "masks", values: bool = True) -> Tensor:
     """A mask has its image's batch and size, one channel, and the values 0 and 1 alone.
 
     Args:
         masks: (..., 1, H, W) or (..., H, W), of any dtype.
         images: (..., C, H, W), already checked.
         key: what to call the masks in a message.
+        values: look at the values too, which makes a GPU wait; else what is not 0 is nucleus.
 
     Returns:
         (..., 1, H, W) bool on the images' device.
@@ -69,7 +73,7 @@ def check_masks(masks: Any, images: Tensor, key: str = "masks") -> Tensor:
         raise ValueError(f"{key} has the shape {tuple(masks.shape)}; allowed is {wanted}, the size of its image")
     if masks.dtype != torch.bool:
         binary = masks != 0
-        if not torch.equal(binary.to(masks.dtype), masks):
+        if values and not torch.equal(binary.to(masks.dtype), masks):
             low, high = (float(v) for v in torch.aminmax(masks.float()))
             raise ValueError(
                 f"{key} has other values than 0 and 1 (from {low:g} to {high:g}); allowed are 0 and 1 alone: "
@@ -77,6 +81,24 @@ def check_masks(masks: Any, images: Tensor, key: str = "masks") -> Tensor:
             )
         masks = binary
     return masks.to(images.device)
+
+
+def stated_mpp(argument: Any, image: Any, item: Any = None) -> Any:
+    """The one order in which a transform looks for the micrometres per pixel of an image.
+
+    Args:
+        argument: what the transform was given; it goes first.
+        image: then a MetaTensor's own ``meta["mpp"]``: a tile cut from a slide is not at the slide's scale.
+        item: then what the sample says under its key.
+
+    Returns:
+        the first of the three that is there; None where none is.
+    """
+    own = image.meta.get("mpp") if isinstance(image, MetaTensor) else None
+    for value in (argument, own, item):
+        if value is not None and value != "" and not (isinstance(value, float) and math.isnan(value)):
+            return value
+    return None
 
 
 def check_mpp(mpp: Any, batch: int, key: str = "mpp") -> Tensor:

@@ -101,9 +101,8 @@ class BatchedNCP(nn.Module):
         Raises:
             ValueError: for images, masks, ``mpp``, seeds or ``out`` that do not fit; the message names which.
         """
-        if check or not isinstance(images, Tensor) or images.ndim != 4:
-            check_images(images)
-            masks = check_masks(masks, images)
+        check_images(images, values=check)
+        masks = check_masks(masks, images, values=check)
         batch = len(images)
         if mpp is None and not self.settings.needs_mpp:
             mpp = 1.0

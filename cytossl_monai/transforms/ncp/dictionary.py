@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.transforms.lazy.functional import apply_pending
 from monai.utils import TransformBackends
 
+from cytossl_monai.transforms.kernels.checks import stated_mpp
 from cytossl_monai.transforms.ncp.array import NucleiCenteredPerturb, RandNucleiCenteredPerturb, perturb_one
 
 __all__ = [
@@ -59,12 +60,18 @@ class _PerturbDict(MapTransform):
         mask = self._needed(d, self.mask_key)
         donor = None if self.donor_key is None else self._needed(d, self.donor_key)
         donor_mask = None if self.donor_mask_key is None else self._needed(d, self.donor_mask_key)
-        mpp: Any = d.get(self.mpp_key, self.perturb.mpp)
         names = (self.mask_key, str(self.donor_key), str(self.donor_mask_key))
         for key in self.key_iterator(d):
             image = self._needed(d, str(key))
             d[key] = perturb_one(
-                image, mask, mpp, self.perturb.seed, self.perturb.settings, donor, donor_mask, (str(key), *names)
+                image,
+                mask,
+                stated_mpp(self.perturb.mpp, image, d.get(self.mpp_key)),
+                self.perturb.seed,
+                self.perturb.settings,
+                donor,
+                donor_mask,
+                (str(key), *names),
             )
         return d
 
@@ -76,8 +83,8 @@ class NucleiCenteredPerturbd(_PerturbDict):
         keys: the tiles to perturb.
         ops: as :class:`NucleiCenteredPerturb` takes them.
         mask_key: where the nuclei are.
-        mpp: micrometres per pixel where ``mpp_key`` is absent.
-        mpp_key: where a tile's own micrometres per pixel are.
+        mpp: micrometres per pixel; None takes the MetaTensor's own ``meta["mpp"]``, then ``data[mpp_key]``.
+        mpp_key: key of the sample's micrometres per pixel.
         donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
         donor_mask_key: where its nuclei are; None takes the donor as it is.
         seed: decides the noise, and where patches and rectangles lie.
@@ -119,8 +126,8 @@ class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
         keys: the tiles to perturb.
         ops: as :class:`RandNucleiCenteredPerturb` takes them.
         mask_key: where the nuclei are.
-        mpp: micrometres per pixel where ``mpp_key`` is absent.
-        mpp_key: where a tile's own micrometres per pixel are.
+        mpp: micrometres per pixel; None takes the MetaTensor's own ``meta["mpp"]``, then ``data[mpp_key]``.
+        mpp_key: key of the sample's micrometres per pixel.
         donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
         donor_mask_key: where its nuclei are; None takes the donor as it is.
         margin_um: micrometres around a nucleus that are kept whole.

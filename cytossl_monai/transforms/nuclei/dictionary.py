@@ -11,6 +11,7 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple_rep
 from numpy.typing import NDArray
 
+from cytossl_monai.transforms.kernels.checks import stated_mpp
 from cytossl_monai.transforms.nuclei.array import LoadNuclei, SegmentNuclei
 from cytossl_monai.transforms.nuclei.instances import as_output
 from cytossl_monai.transforms.nuclei.regions import RegionRules
@@ -27,7 +28,7 @@ class SegmentNucleid(MapTransform):
         labels_keys: where each instance map goes, int32 (1, H, W); None leaves it out.
         table_keys: where each table goes, a pandas DataFrame; None leaves it out. (MONAI's default collate cannot batch
             it: take it out before a DataLoader.)
-        mpp: micrometres per pixel; None takes ``data[mpp_key]``, then the MetaTensor's own ``meta["mpp"]``.
+        mpp: micrometres per pixel; None takes the MetaTensor's own ``meta["mpp"]``, then ``data[mpp_key]``.
         mpp_key: key of the sample's micrometres per pixel.
         method: see ``SegmentNuclei``.
         stains: see ``SegmentNuclei``.
@@ -68,7 +69,7 @@ class SegmentNucleid(MapTransform):
         for key, mask_key, labels_key, table_key in self.key_iterator(
             result, self.mask_keys, self.labels_keys, self.table_keys
         ):
-            mpp = self.segment.mpp if self.segment.mpp is not None else result.get(self.mpp_key)
+            mpp = stated_mpp(self.segment.mpp, result[key], result.get(self.mpp_key))
             try:
                 found = self.segment.find(result[key], mpp, table=table_key is not None)
             except ValueError as error:

@@ -61,6 +61,8 @@ class LoadSlided(MapTransform):
 class TileSlided(MapTransform):
     """Dictionary version of `TileSlide`: one item in, a list of items out, each with all that the item had.
 
+    ``mpp`` and ``slide_mpp`` of each are set to the tile's and the slide's micrometres per pixel.
+
     Args:
         keys: the key of the slide; one.
         allow_missing_keys: pass items without it.
@@ -80,7 +82,8 @@ class TileSlided(MapTransform):
         """The list of items. The slide's own handle is closed: `LoadTiled` opens what it reads."""
         for key in self.key_iterator(dict(data)):
             with data[key] as slide:
-                return [{**data, key: item} for item in self.tiler(slide)]
+                own = ("mpp", "slide_mpp")  # the item's "mpp" was the slide's; what comes now is a tile
+                return [{**data, key: item, **{name: item[name] for name in own}} for item in self.tiler(slide)]
         return [dict(data)]
 
 

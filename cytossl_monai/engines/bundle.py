@@ -1,4 +1,4 @@
-"""Where a bundle lies, from whatever folder it is run."""
+"""Where a bundle lies, from whatever folder it is run; running its training from Python."""
 
 from __future__ import annotations
 
@@ -10,15 +10,46 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
-__all__ = ["bundle_root", "run_training"]
+from cytossl_monai.utils.errors import InputError
+
+__all__ = ["as_data", "bundle_root", "run_training", "training_files"]
+
+
+class _Data:
+    """Holds a value that MONAI's configuration hands on without a look at it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        return self.value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def as_data(value: Any) -> dict[str, Any]:
+    """A configuration item that is ``value`` and nothing else.
+
+    MONAI evaluates a string that begins with ``$``, looks ``@`` and ``%`` up, and takes ``#`` for a separator, also
+    within lists and dictionaries. What comes from a table, a file name or a file must not be read so: a component whose
+    target is no name but an object is called as it is.
+
+    Args:
+        value: anything.
+
+    Returns:
+        an item whose parsed content is ``value`` itself.
+    """
+    return {"_target_": _Data(value)}
 
 
 def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
     """Root folder of a bundle.
 
-    In this order: the folder above the configuration that is being read, by ``monai.bundle run``, ``load``,
-    ``create_workflow`` or an export; the working directory, if the bundle or a folder of that name lies there; the
-    checkout that this package is installed from.
+    In this order: the bundle of the configuration that is being read, by ``monai.bundle run``, ``load``,
+    ``create_workflow`` or an export, whatever that folder is called; the working directory, if the bundle or a folder
+    of that name lies there; the checkout that this package is installed from.
 
     Args:
         name: the bundle's folder, for example ``cytossl_pretrain``.
@@ -28,12 +59,18 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
         FileNotFoundError: when it is in none of these; give ``--bundle_root`` then.
     """
     here = Path(cwd) if cwd is not None else Path.cwd()
-    candidates = [*_config_folders(here), here, here / name, here / "bundles" / name]
-    candidates.append(Path(__file__).resolve().parents[2] / "bundles" / name)
-    for folder in candidates:
-        if (folder / "configs" / "metadata.json").is_file() and folder.resolve().name == name:
+    for folder in _config_folders(here):  # a copy may have any name
+        if _is_bundle(folder):
+            return str(folder.resolve())
+    checkout = Path(__file__).resolve().parents[2] / "bundles"
+    for folder in (here, here / name, here / "bundles" / name, checkout / name):
+        if _is_bundle(folder) and folder.resolve().name == name:
             return str(folder.resolve())
     raise FileNotFoundError(f"the bundle {name} is not beside its configuration nor in {here}; give --bundle_root")
+
+
+def _is_bundle(folder: Path) -> bool:
+    return (folder / "configs" / "metadata.json").is_file()
 
 
 def _config_folders(here: Path) -> Iterator[Path]:
@@ -55,19 +92,43 @@ def _config_folders(here: Path) -> Iterator[Path]:
         frame = frame.f_back
 
 
-def run_training(config_files: Sequence[str | os.PathLike[str]], overrides: Mapping[str, Any]) -> None:
+def training_files(
+    config: str | os.PathLike[str], overlays: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()
+) -> tuple[str, ...]:
+    """``train.json`` and what is laid over it, as one list of paths.
+
+    Args:
+        config: the bundle's ``train.json``.
+        overlays: configuration files, in order; a path alone is one.
+
+    Raises:
+        InputError: for a file that does not exist.
+    """
+    files = [config, *([overlays] if isinstance(overlays, (str, os.PathLike)) else overlays)]
+    for file in files:
+        if not isinstance(file, (str, os.PathLike)) or not Path(file).is_file():
+            raise InputError(f"configuration {file} does not exist; give the path of a .json or .yaml file")
+    return tuple(str(file) for file in files)
+
+
+def run_training(
+    config_files: Sequence[str | os.PathLike[str]],
+    overrides: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+) -> None:
     """Run a training configuration in this process, as ``python -m monai.bundle run`` would.
 
     Args:
         config_files: ``train.json`` and what is laid over it, in order.
-        overrides: values to set, by id.
+        overrides: values to set, by id: configuration, of which expressions are evaluated.
+        data: values to set over these, by id, as they are: see ``as_data``.
     """
     workflow = ConfigWorkflow(
         config_file=[str(path) for path in config_files],
         meta_file=str(Path(config_files[0]).parent / "metadata.json"),
         workflow_type="train",
         logging_file=False,
-        **overrides,
+        **{**overrides, **{key: as_data(value) for key, value in (data or {}).items()}},
     )
     workflow.initialize()
     workflow.run()

@@ -13,13 +13,16 @@ __all__ = [
     "CheckpointError",
     "FeatureError",
     "InputError",
+    "OutputError",
     "Preempted",
+    "RunError",
     "SlideError",
     "TableError",
     "TrainingDiverged",
     "WorkerDiedError",
     "failure",
     "input_error",
+    "plain_cause",
     "plain_errors",
 ]
 
@@ -42,6 +45,14 @@ class FeatureError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint is missing, damaged or made for another architecture."""
+
+
+class OutputError(InputError):
+    """A result cannot be written: the disk is full, the folder is read-only, or something else lies there."""
+
+
+class RunError(RuntimeError):
+    """A part of a run failed. The message says which and why, and that the rest is kept."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -80,6 +91,18 @@ def input_error(error: BaseException | None) -> InputError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def plain_cause(error: BaseException) -> BaseException:
+    """The error that a user can act on behind what MONAI and Ignite wrapped it in; the error itself where none is."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        if isinstance(inner, (InputError, RunError, WorkerDiedError, TrainingDiverged)):
+            return inner
+        seen.add(id(inner))
+        inner = inner.__cause__ or inner.__context__
+    return error
 
 
 def failure(error: Exception) -> str:

@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
+import re
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cytossl_monai.utils.errors import CheckpointError, InputError
+from cytossl_monai.utils.errors import CheckpointError, InputError, OutputError
 
-__all__ = ["atomic_path", "file_fingerprint", "read_torch", "sha256_file", "write_json", "write_text"]
+__all__ = [
+    "atomic_path",
+    "file_fingerprint",
+    "process_born",
+    "read_torch",
+    "remove_partials",
+    "require_writable",
+    "sha256_file",
+    "visible_files",
+    "write_json",
+    "write_text",
+    "writing",
+]
 
 _SAMPLE_BYTES = 1 << 20
 _MEMBER_BYTES = 1 << 16
+_DAY = 86400.0
+_PARTIAL = re.compile(r"\.(?P<pid>\d+)-(?P<born>\d+|None)-(?P<host>.+)\.partial(\.[^.]*)?$")
+_CLEANED: set[Path] = set()
+_REASONS = {
+    errno.ENOSPC: "the disk is full; make room, or give another folder, and start again",
+    errno.EDQUOT: "the quota is used up; make room, or give another folder, and start again",
+    errno.EFBIG: "the file would be larger than the system allows; give another folder, and start again",
+    errno.EROFS: "the file system is read-only; give another folder",
+    errno.EACCES: "you may not write there; give another folder, or ask for the right to",
+    errno.EPERM: "you may not write there; give another folder, or ask for the right to",
+    errno.ENOTDIR: "a part of the path is a file; give another folder",
+    errno.EEXIST: "a file lies where the folder should be; give another folder",
+    errno.EISDIR: "a folder of that name lies there; give another name, or move it",
+    errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    errno.EIO: "the disk reports a fault; give another folder, and have the disk looked at",
+    errno.ESTALE: "the network share is gone; mount it again, and start again",
+}
+"""What the system says of a path that cannot be written, and what to do about it."""
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -32,21 +70,123 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         a temporary path in the same folder with the same suffix, to be written by the caller.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
-    os.close(handle)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(path.parent)
+        owner = f"{os.getpid()}-{process_born(os.getpid())}-{socket.gethostname()}"
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem[:80]}.", suffix=f".{owner}.partial{path.suffix}", dir=path.parent
+        )
+        os.close(handle)
     partial = Path(name)
     try:
-        yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes private files; the result gets the permissions that open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        os.replace(partial, path)
+        with writing(path):
+            yield partial
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+            # mkstemp makes private files; the result gets the permissions that open() would have given.
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the system says when ``path`` cannot be written into one sentence.
+
+    Libraries hide a full disk behind errors of their own (PyTorch: a RuntimeError without a reason), so the disk itself
+    is asked.
+
+    Raises:
+        OutputError: names the path, what is wrong and what to do.
+    """
+    path = Path(path)
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        if error.errno not in _REASONS or not _is_about(error, path):
+            raise
+        raise OutputError(f"cannot write {path}: {_REASONS[error.errno]}") from error
+    except Exception as error:
+        if not _is_full(path):
+            raise
+        raise OutputError(f"cannot write {path}: {_REASONS[errno.ENOSPC]}") from error
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether an error is about the output (which libraries often do not name), not about a file that is read."""
+    if error.filename is None:
+        return True
+    named = Path(os.fsdecode(error.filename))
+    return named in (path, *path.parents) or named.parent == path.parent
+
+
+def _is_full(path: Path) -> bool:
+    folder = next((parent for parent in path.parents if parent.is_dir()), None)
+    return folder is not None and shutil.disk_usage(folder).free < _SAMPLE_BYTES
+
+
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """Check before a run that its output folder can be made and written to. Nothing is made.
+
+    Raises:
+        OutputError: when it cannot; names the folder, what is wrong and what to do.
+    """
+    folder = Path(folder)
+    with writing(folder / "*"):
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+        if not existing.is_dir():
+            raise OutputError(f"cannot write to {folder}: {existing} is a file; give another folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write to {folder}: {_REASONS[errno.EACCES]}")
+    if _is_full(existing / "*"):
+        raise OutputError(f"cannot write to {folder}: {_REASONS[errno.ENOSPC]}")
+
+
+def visible_files(folder: str | os.PathLike[str], pattern: str) -> list[Path]:
+    """Files of a folder that match a pattern, sorted; without those whose name begins with a dot.
+
+    ``Path.glob`` gives these too, and a killed run leaves some that are half a file.
+    """
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
+def remove_partials(folder: str | os.PathLike[str]) -> None:
+    """Remove the unfinished files that dead processes left in a folder; looks once a process and folder.
+
+    Those of a live process stay; so do those of another machine that are younger than a day.
+    """
+    folder = Path(folder).resolve()
+    if folder in _CLEANED:
+        return
+    _CLEANED.add(folder)
+    for path in folder.glob(".*.partial*"):
+        owner = _PARTIAL.search(path.name)
+        with contextlib.suppress(OSError):  # another process may remove it at the same moment
+            if owner is not None and owner["host"] == socket.gethostname():
+                is_dead = str(process_born(int(owner["pid"]))) != owner["born"]
+            else:
+                is_dead = time.time() - path.stat().st_mtime > _DAY
+            if is_dead:
+                path.unlink()
+                logger.info("Removed %s: a run that was killed left it.", path)
+
+
+def process_born(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did: its number is given out again, this pair is not.
+
+    Returns:
+        field 22 of ``/proc/<pid>/stat``; None where there is no such process, or no such file system.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.files import process_born
 
 __all__ = ["LOCK_NAME", "FileLock", "LockOwner", "LockedError", "folder_lock", "read_owner"]
 
@@ -60,7 +61,7 @@ class LockOwner:
         """This process, now."""
         since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         pid = os.getpid()
-        return cls(_user(), socket.gethostname(), pid, _born(pid), since, doing, uuid.uuid4().hex)
+        return cls(_user(), socket.gethostname(), pid, process_born(pid), since, doing, uuid.uuid4().hex)
 
     def __str__(self) -> str:
         return f"{self.doing} of {self.user} on {self.host} (process {self.pid}, since {self.since})"
@@ -71,14 +72,6 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # an account without a name, as in containers
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
-
-
-def _born(pid: int) -> int | None:
-    """Start of a process in clock ticks since the machine started (field 22 of /proc/<pid>/stat); None elsewhere."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def read_owner(path: str | os.PathLike[str]) -> LockOwner | None:
@@ -184,7 +177,7 @@ class FileLock:
 
     def _alive(self, holder: LockOwner | None) -> bool:
         if holder is not None and holder.host == socket.gethostname():
-            born = _born(holder.pid)
+            born = process_born(holder.pid)
             if born is not None or holder.born is not None:
                 return born == holder.born
             return _exists(holder.pid)

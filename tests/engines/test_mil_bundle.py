@@ -16,7 +16,8 @@ from cytossl_monai.engines.mil.cross_validate import cross_validate
 from cytossl_monai.engines.mil.few_shot import draw_shots, few_shot_curve
 from cytossl_monai.engines.mil.predict import inference_items
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import CheckpointError, FeatureError, TableError
+from cytossl_monai.utils.errors import CheckpointError, FeatureError, InputError, RunError, TableError
+from cytossl_monai.utils.locks import LockedError, folder_lock
 from cytossl_monai.utils.report import RunReport
 
 
@@ -177,8 +178,14 @@ def test_cross_validation_is_honest_and_resumable(trained, configs, tmp_path, mo
     (tmp_path / "fold_1" / "fold.json").unlink()
     run()
     assert len(runs) == 1
+    other = (tmp_path / "fold_2" / "model.pt").read_bytes()  # a run of other settings was killed before its fold.json
+    (tmp_path / "fold_1" / "model.pt").write_bytes(other)
+    third = run()
+    assert len(runs) == 2
+    np.testing.assert_array_equal(first.probabilities, third.probabilities)
+    assert (tmp_path / "fold_1" / "model.pt").read_bytes() != other
     run(epochs=6)
-    assert len(runs) == 4
+    assert len(runs) == 5
 
 
 def test_cross_validation_bad_input(trained, configs, tmp_path):
@@ -187,6 +194,27 @@ def test_cross_validation_bad_input(trained, configs, tmp_path):
         cross_validate(*common, n_folds=29)
     with pytest.raises(TableError, match="at least 3 folds"):
         cross_validate(*common, n_folds=2)
+    with pytest.raises(InputError, match=r"nowhere\.yaml does not exist"):  # one path is one overlay
+        cross_validate(*common, overlays=str(tmp_path / "nowhere.yaml"))
+
+
+def test_a_fault_of_the_input_that_fails_every_fold_is_told_once(trained, configs, tmp_path):
+    settings = {"device": "cpu", "lr": 1e30, "epochs": 2, "optimizer#lr": "$[][0]"}
+    common = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
+    with pytest.raises(RunError, match=r"3 of 3 folds failed .*fold 0: "):
+        cross_validate(*common, n_folds=3, overrides=settings, num_workers=0)
+    (tmp_path / "hostile.yaml").write_text("validate#dataset#encoder: {hash: zzz, name: other, dim: 12}\n")
+    with pytest.raises(FeatureError, match="not by zzz"):
+        cross_validate(*common, n_folds=3, overlays=str(tmp_path / "hostile.yaml"), num_workers=0)
+
+
+def test_two_at_a_time_in_one_folder_is_refused(trained, configs, tmp_path):
+    common = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
+    with folder_lock(tmp_path, "few-shot curve"):
+        with pytest.raises(LockedError, match="in use by another run: few-shot curve"):
+            cross_validate(*common, n_folds=3)
+        with pytest.raises(LockedError, match="in use by another run"):
+            few_shot_curve(*common, shots=(1,), repeats=1)
 
 
 def test_ordinal_slides_get_the_median_grade(tmp_path):

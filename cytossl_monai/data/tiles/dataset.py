@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, default_collate
 from cytossl_monai.data.slides.pool import SlidePool
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.utils.errors import InputError, SlideError, TableError
+from cytossl_monai.utils.files import visible_files
 
 __all__ = ["MixedDataset", "TileDataset", "collate_tiles"]
 
@@ -289,7 +290,7 @@ def _index_files(index: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         folder = Path(index)
         if folder.is_file():
             return [folder]
-        files = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
+        files = visible_files(folder, "*.parquet") if folder.is_dir() else []
         if not files:
             raise TableError(f"no tile index (*.parquet) in {folder}; run the bundle's index.json first")
         return files

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from cytossl_monai.data.tiles.dataset import Item, Key, apply_transform, split_keys
 from cytossl_monai.utils.errors import InputError, TableError
+from cytossl_monai.utils.files import visible_files
 
 __all__ = ["ImageFolder", "ImageRecord", "fit_square", "list_images"]
 
@@ -61,7 +62,7 @@ def list_images(source: str | os.PathLike[str], key: str = "training") -> list[I
     """
     source = Path(source)
     if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = [p for p in visible_files(source, "**/*") if p.suffix.lower() in SUFFIXES]
         if not files:
             raise TableError(f"no image ({', '.join(SUFFIXES)}) in {source}; give a folder of images")
         return [

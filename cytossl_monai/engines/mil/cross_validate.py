@@ -16,7 +16,7 @@ import torch
 
 from cytossl_monai.data.bags.items import bag_encoder, bag_items
 from cytossl_monai.data.bags.splits import fold_numbers
-from cytossl_monai.engines.bundle import run_training
+from cytossl_monai.engines.bundle import run_training, training_files
 from cytossl_monai.engines.mil.evaluation import write_evaluation
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.metrics.bootstrap import Interval
@@ -25,8 +25,9 @@ from cytossl_monai.networks.files import load_classifier, save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
 from cytossl_monai.networks.open import check_made_by
-from cytossl_monai.utils.errors import CheckpointError, TableError
-from cytossl_monai.utils.files import file_fingerprint, write_json
+from cytossl_monai.utils.errors import CheckpointError, InputError, RunError, TableError, plain_cause
+from cytossl_monai.utils.files import file_fingerprint, sha256_file, write_json
+from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
 
 __all__ = ["CrossValidation", "cross_validate"]
@@ -60,6 +61,7 @@ class _Fold:
     number: int
     files: tuple[str, ...]
     overrides: dict[str, Any]
+    data: dict[str, Any]
     folder: str
     held_out: tuple[dict[str, Any], ...]
     stamp: str
@@ -67,14 +69,20 @@ class _Fold:
 
 def _run_fold(fold: _Fold) -> int:
     folder = Path(fold.folder)
-    run_training(fold.files, {**fold.overrides, "output_dir": str(folder), "model_path": str(folder / "model.pt")})
-    classifier = load_classifier(folder / "model.pt")
+    model = folder / "model.pt"
+    (folder / "fold.json").unlink(missing_ok=True)  # what it tells is no longer that of the model
+    try:
+        run_training(fold.files, fold.overrides, {**fold.data, "output_dir": str(folder), "model_path": str(model)})
+    except Exception as error:  # noqa: BLE001 - raised again, unwrapped
+        raise plain_cause(error) from None  # MONAI wraps it, and a process hands on the outermost alone
+    classifier = load_classifier(model)
     probabilities, logits = predict_items(classifier, fold.held_out)
     # Written last: a fold with this file is whole.
     write_json(
         folder / "fold.json",
         {
             "stamp": fold.stamp,
+            "model": sha256_file(model),
             "fold": fold.number,
             "slides": [item["slide_id"] for item in fold.held_out],
             "probabilities": probabilities.astype(float).tolist(),
@@ -88,16 +96,20 @@ def _run_fold(fold: _Fold) -> int:
 
 def _finished(fold: _Fold) -> dict[str, Any] | None:
     """What a fold left, when it was finished with the same data and settings; None otherwise."""
-    path = Path(fold.folder) / "fold.json"
+    path, model = Path(fold.folder) / "fold.json", Path(fold.folder) / "model.pt"
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        load_classifier(Path(fold.folder) / "model.pt")
-    except (json.JSONDecodeError, CheckpointError) as error:
+        load_classifier(model)
+        if content["stamp"] != fold.stamp:
+            return None
+        if content["model"] != sha256_file(model):
+            raise CheckpointError(f"{model} is not the model that {path} tells of")
+    except (ValueError, KeyError, TypeError) as error:
         logger.warning("fold %d is done again: %s", fold.number, error)
         return None
-    return content if content.get("stamp") == fold.stamp else None
+    return dict(content)
 
 
 def cross_validate(
@@ -109,7 +121,7 @@ def cross_validate(
     classes: Sequence[str] | None = None,
     n_folds: int = 5,
     seed: int = 0,
-    overlays: Sequence[str | os.PathLike[str]] = (),
+    overlays: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     overrides: Mapping[str, Any] | None = None,
     num_workers: int | None = None,
     n_resamples: int = 2000,
@@ -133,7 +145,7 @@ def cross_validate(
         classes: names in order, or None.
         n_folds: k, where the table has no folds.
         seed: of folds and training.
-        overlays: configuration files laid over ``config``.
+        overlays: configuration files laid over ``config``; a path alone is one.
         overrides: values to set in it.
         num_workers: folds at a time; None: one a core on a CPU, 1 with CUDA; 0: all in this process.
         n_resamples: draws of the bootstrap.
@@ -147,9 +159,10 @@ def cross_validate(
         TableError: for folds that cannot be (see ``data.bags.splits``), fewer than three.
         FeatureError: for features that cannot be used.
         CheckpointError: for features of another encoder than the one named.
-        RuntimeError: when a fold failed; the message names it, the finished ones are kept.
+        RunError: when a fold failed; the message names it, the finished ones are kept.
+        LockedError: when another run writes to ``output_dir``.
     """
-    output_dir, files = Path(output_dir), (str(config), *(str(path) for path in overlays))
+    output_dir, files = Path(output_dir), training_files(config, overlays)
     items = bag_items(slides, features_dir, target, classes)
     made_by = bag_encoder(items)
     if encoder is not None:
@@ -158,10 +171,11 @@ def cross_validate(
     numbers = sorted(set(folds.tolist()))
     if len(numbers) < 3:
         raise TableError(f"cross-validation needs at least 3 folds (test, validation, training), got {len(numbers)}")
-    settings = {**(overrides or {})}
-    settings |= {"slides": str(Path(slides).resolve()), "features_dir": str(Path(features_dir).resolve())}
-    settings |= {"target": target, "classes": items[0]["classes"], "n_folds": n_folds, "seed": seed}
-    stamp = _stamp(files, settings, items, folds)
+    settings = dict(overrides or {})
+    data = {"target": target, "classes": items[0]["classes"], "n_folds": n_folds, "seed": seed}
+    stamp = _stamp(files, {**settings, **data}, items, folds)
+    data |= {"slides": str(Path(slides).resolve()), "features_dir": str(Path(features_dir).resolve())}
+    data["bundle_root"] = str(Path(config).resolve().parents[1])
     jobs = []
     for place, number in enumerate(numbers):
         following = numbers[(place + 1) % len(numbers)]
@@ -170,12 +184,29 @@ def cross_validate(
             _Fold(
                 number,
                 files,
-                {**settings, "fold": following, "test_fold": number, "bundle_root": str(Path(config).parents[1])},
-                str(output_dir / f"fold_{number}"),
+                settings,
+                {**data, "fold": following, "test_fold": number},
+                str((output_dir / f"fold_{number}").resolve()),
                 held_out,
                 stamp,
             )
         )
+    with folder_lock(output_dir, "cross-validation"):
+        return _train_and_judge(jobs, items, folds, made_by, output_dir, target, n_resamples, seed, num_workers)
+
+
+def _train_and_judge(
+    jobs: Sequence[_Fold],
+    items: Sequence[dict[str, Any]],
+    folds: np.ndarray,
+    made_by: Mapping[str, Any],
+    output_dir: Path,
+    target: str,
+    n_resamples: int,
+    seed: int,
+    num_workers: int | None,
+) -> CrossValidation:
+    """Train the folds that are not finished, pool what they predict, and write figures and ensemble."""
     done = {job.number: _finished(job) for job in jobs}
     waiting = [job for job in jobs if done[job.number] is None]
     if len(waiting) < len(jobs):
@@ -185,11 +216,14 @@ def cross_validate(
         outcome for outcome in run_parallel(_run_fold, waiting, workers, title="folds") if outcome.error is not None
     ]
     if failures:
-        inputs = [f.error for f in failures if isinstance(f.error, ValueError)]
-        if inputs:
+        inputs = [f.error for f in failures if isinstance(f.error, InputError)]
+        if len(inputs) == len(jobs):  # the same input fails them all
             raise inputs[0]
-        told = "; ".join(f"fold {f.item.number}: {f.error}" for f in failures)
-        raise RuntimeError(f"{len(failures)} of {len(jobs)} folds failed ({told}); start again to do those alone")
+        reasons = "; ".join(f"fold {f.item.number}: {f.error}" for f in failures)
+        raise RunError(
+            f"{len(failures)} of {len(jobs)} folds failed ({reasons}); the others are kept, start again to do those "
+            "alone"
+        )
     results = [_finished(job) for job in jobs]
     place_of = {item["slide_id"]: i for i, item in enumerate(items)}
     probabilities = np.zeros((len(items), len(items[0]["classes"])))
@@ -230,7 +264,7 @@ def _stamp(
     """Digest of all that a fold's result depends on."""
     content = {
         "files": [file_fingerprint(path) for path in files],
-        "settings": {key: value for key, value in settings.items() if key not in ("slides", "features_dir")},
+        "settings": dict(settings),
         "items": [
             [i["slide_id"], i["patient_id"], np.asarray(i["label"]).tolist(), file_fingerprint(i["features"]), int(f)]
             for i, f in zip(items, folds)

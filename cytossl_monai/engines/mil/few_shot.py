@@ -17,12 +17,13 @@ import torch
 
 from cytossl_monai.data.bags.items import bag_items
 from cytossl_monai.data.bags.splits import assign_folds
-from cytossl_monai.engines.bundle import run_training
+from cytossl_monai.engines.bundle import run_training, training_files
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import TableError
+from cytossl_monai.utils.errors import InputError, RunError, TableError, plain_cause
 from cytossl_monai.utils.files import atomic_path, file_fingerprint
+from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
 from cytossl_monai.visualize.curves_mil import plot_few_shot
 
@@ -72,7 +73,9 @@ class _Shot:
     shots: int
     repeat: int
     files: tuple[str, ...]
+    seed: int
     overrides: dict[str, Any]
+    data: dict[str, Any]
     train: tuple[dict[str, Any], ...]
     test: tuple[dict[str, Any], ...]
 
@@ -83,10 +86,13 @@ def _run_shot(job: _Shot) -> dict[str, float]:
         # So few slides leave none to validate on: training runs its course, the epoch of lowest loss is kept.
         splits = {"train": list(job.train), "val": list(job.train), "test": []}
         fixed = {"output_dir": folder, "model_path": model, "splits": splits, "patience": None, "calibrate": False}
-        run_training(job.files, {**job.overrides, **fixed, "seed": job.repeat})
+        try:
+            run_training(job.files, job.overrides, {**job.data, **fixed, "seed": job.seed})
+        except Exception as error:  # noqa: BLE001 - raised again, unwrapped
+            raise plain_cause(error) from None  # MONAI wraps it, and a process hands on the outermost alone
         probabilities, _ = predict_items(load_classifier(model), job.test)
     labels = np.array([item["label"] for item in job.test])
-    return classification_metrics(labels, probabilities, job.overrides["target"])
+    return classification_metrics(labels, probabilities, job.data["target"])
 
 
 def few_shot_curve(
@@ -99,7 +105,7 @@ def few_shot_curve(
     target: str = "multiclass",
     classes: Sequence[str] | None = None,
     seed: int = 0,
-    overlays: Sequence[str | os.PathLike[str]] = (),
+    overlays: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     overrides: Mapping[str, Any] | None = None,
     num_workers: int | None = None,
 ) -> pd.DataFrame:
@@ -117,8 +123,8 @@ def few_shot_curve(
         repeats: draws a k.
         target: "multiclass" or "ordinal".
         classes: names in order, or None.
-        seed: of the draws.
-        overlays: configuration files laid over ``config``.
+        seed: of the draws and of training: repeat r draws and trains with ``seed + r``.
+        overlays: configuration files laid over ``config``; a path alone is one.
         overrides: values to set in it.
         num_workers: runs at a time; None: one a core on a CPU, 1 with CUDA; 0: all in this process.
 
@@ -127,37 +133,60 @@ def few_shot_curve(
 
     Raises:
         TableError: when a class has too few slides for the largest k.
-        ValueError: for a ``multilabel`` target, where "k slides a class" has no meaning.
+        InputError: for a ``multilabel`` target, where "k slides a class" has no meaning.
+        RunError: when a training failed; the others are kept.
+        LockedError: when another run writes to ``output_dir``.
     """
     if target == "multilabel":
-        raise ValueError("few-shot draws k slides of each class; a multilabel target has no classes in that sense")
-    folder, files = Path(output_dir), (str(config), *(str(path) for path in overlays))
+        raise InputError("few-shot draws k slides of each class; a multilabel target has no classes in that sense")
+    folder, files = Path(output_dir), training_files(config, overlays)
     items = bag_items(slides, features_dir, target, classes)
     labels = np.array([item["label"] for item in items])
     patients = [item["patient_id"] for item in items]
-    settings = {**(overrides or {}), "slides": str(slides), "features_dir": str(features_dir), "target": target}
-    settings |= {"classes": items[0]["classes"], "bundle_root": str(Path(config).parents[1])}
-    told = [files and [file_fingerprint(f) for f in files], settings, [file_fingerprint(i["features"]) for i in items]]
-    stamp = hashlib.sha256(json.dumps([told, seed, labels.tolist()], default=str).encode()).hexdigest()[:16]
+    settings = dict(overrides or {})
+    data = {"slides": str(Path(slides).resolve()), "features_dir": str(Path(features_dir).resolve()), "target": target}
+    data |= {"classes": items[0]["classes"], "bundle_root": str(Path(config).resolve().parents[1])}
+    fingerprints = [file_fingerprint(path) for path in (*files, *(item["features"] for item in items))]
+    made_from = [fingerprints, settings, target, items[0]["classes"], seed, labels.tolist()]
+    stamp = hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16]
     jobs = []
     for k in sorted(set(shots)):
         for repeat in range(repeats):
             train, test = draw_shots(labels, patients, k, seed + repeat)
             picked = (tuple(items[i] for i in train), tuple(items[i] for i in test))
-            jobs.append(_Shot(k, repeat, files, settings, *picked))
+            jobs.append(_Shot(k, repeat, files, seed + repeat, settings, data, *picked))
+    with folder_lock(folder, "few-shot curve"):
+        return _curve(folder, jobs, stamp, num_workers)
+
+
+def _curve(folder: Path, jobs: Sequence[_Shot], stamp: str, num_workers: int | None) -> pd.DataFrame:
+    """Do the runs that are not done yet, then table and picture of them all."""
     path = folder / "few_shot_runs.csv"
     known = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     rows: list[Any] = known[known["stamp"] == stamp].to_dict("records") if len(known) else []
     done = {(row["shots"], row["repeat"]) for row in rows}
     waiting = [job for job in jobs if (job.shots, job.repeat) not in done]
     workers = (1 if torch.cuda.is_available() else default_workers()) if num_workers is None else num_workers
+    failures = []
     for outcome in run_parallel(_run_shot, waiting, workers, title="few-shot"):
-        job, figures = outcome.item, outcome.unwrap()
+        job, figures = outcome.item, outcome.result
+        if outcome.error is not None or figures is None:
+            failures.append(outcome)
+            continue
         rows.append({"stamp": stamp, "shots": job.shots, "repeat": job.repeat} | figures)
         with atomic_path(path) as partial:
             pd.DataFrame(rows).to_csv(partial, index=False)
+    if failures:
+        first = failures[0]
+        if len(failures) == len(jobs) and isinstance(first.error, InputError):  # the same input fails them all
+            raise first.error
+        raise RunError(
+            f"{len(failures)} of {len(jobs)} trainings failed (k = {first.item.shots}, repeat {first.item.repeat}: "
+            f"{first.error}); the others are kept, start again to do those alone"
+        )
     runs = pd.DataFrame(rows)
-    runs = runs[runs["shots"].isin(list(shots)) & (runs["repeat"] < repeats)]
+    asked = {(job.shots, job.repeat) for job in jobs}
+    runs = runs[[pair in asked for pair in zip(runs["shots"], runs["repeat"])]]
     table = []
     for metric in [c for c in runs.columns if c not in ("stamp", "shots", "repeat")]:
         for number, values in runs.groupby("shots")[metric]:

@@ -16,6 +16,7 @@ from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.engines.mil.trainer import bag_loader
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.utils.errors import FeatureError
+from cytossl_monai.utils.files import visible_files
 from cytossl_monai.utils.report import RunReport
 
 __all__ = ["inference_items", "predict_items"]
@@ -47,9 +48,7 @@ def inference_items(
     folder = Path(features_dir)
     if slides is None:
         items: list[Item] = [
-            {"slide_id": p.stem, "patient_id": p.stem, "features": str(p)}
-            for p in sorted(folder.glob("*.h5"))
-            if not p.name.startswith(".")
+            {"slide_id": p.stem, "patient_id": p.stem, "features": str(p)} for p in visible_files(folder, "*.h5")
         ]
     else:
         items = [

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import yaml
-from monai.bundle import ConfigWorkflow
 
+from cytossl_monai.engines.bundle import run_training
 from cytossl_monai.engines.study.representation import LabelledTask, encode, labelled_task, probe
 from cytossl_monai.metrics.logged import read_log
 from cytossl_monai.networks.files import build_encoder, load_encoder
@@ -173,16 +173,7 @@ class AblationStudy:
         if model.is_file():
             return model
         logger.info("Training %s.", run.name)
-        workflow = ConfigWorkflow(
-            config_file=list(run.config_files),
-            workflow_type="train",
-            logging_file=False,
-            **{"output_dir": str(folder), "data_root": str(self.data), **run.settings},
-        )
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
-        del workflow
+        run_training(run.config_files, run.settings, {"output_dir": str(folder), "data_root": str(self.data)})
         gc.collect()  # an engine and its handlers refer to each other: without this, every run's memory would stay
         return model
 

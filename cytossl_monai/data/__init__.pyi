@@ -27,7 +27,7 @@ from .tiles.cache import TileCache as TileCache
 from .tiles.dataset import MixedDataset as MixedDataset, TileDataset as TileDataset
 from .tiles.images import ImageFolder as ImageFolder, list_images as list_images
 from .tiles.index_file import TileIndex as TileIndex
-from .tiles.labelled import LabelledImages as LabelledImages
+from .tiles.labelled import LabelledImages as LabelledImages, training_mpp as training_mpp
 from .tiles.loader import tile_loader as tile_loader
 from .tiles.sampler import SSLBatchSampler as SSLBatchSampler
 
@@ -61,6 +61,7 @@ __all__ = [
     "read_slide_table",
     "split_items",
     "tile_loader",
+    "training_mpp",
     "write_features",
     "write_pyramid",
     "write_slide_table",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from ignite.engine import Events
 
 from cytossl_monai.data.tiles.labelled import LabelledImages
 from cytossl_monai.engines.ssl.sharding import whole_encoder
 from cytossl_monai.engines.ssl.trainer import SSLTrainer
-from cytossl_monai.metrics.knn import knn_cross_validate
-from cytossl_monai.metrics.probe import linear_probe
+from cytossl_monai.metrics.probe import knn_probe, linear_probe
 from cytossl_monai.utils.distributed import is_main
 
 __all__ = ["OnlineKNN", "OnlineLinearProbe"]
@@ -20,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class OnlineKNN:
-    """Reports ``knn``, the cross-validated balanced accuracy, every so many epochs and at the end.
+    """Reports ``knn`` (balanced accuracy) and ``knn_auc`` (macro AUC), every so many epochs and at the end.
+
+    Both are cross-validated by groups; votes are weighted by class.
 
     It does not touch the training: modes are put back and every step seeds its own randomness.
 
@@ -60,17 +60,15 @@ class OnlineKNN:
         if not is_main():
             return
         features = self.images.features(encoder, engine.state.device, self.batch_size)
-        labels, folds = torch.as_tensor(self.images.labels), torch.as_tensor(self.images.folds)
-        result = knn_cross_validate(features, labels, folds, self.k, self.temperature)
-        engine.report(knn=result["balanced_accuracy"])
-        logger.info("Step %d: kNN balanced accuracy %.3f.", engine.state.iteration, result["balanced_accuracy"])
-
-
-logger = logging.getLogger(__name__)
+        result = knn_probe(features.numpy(), self.images.labels, self.images.folds, self.k, self.temperature)
+        engine.report(knn=result.balanced_accuracy.mean, knn_auc=result.auc.mean)
+        logger.info(
+            "Step %d: kNN balanced accuracy %s, AUC %s.", engine.state.iteration, result.balanced_accuracy, result.auc
+        )
 
 
 class OnlineLinearProbe:
-    """Reports ``linear_probe``, ``linear_probe_low`` and ``linear_probe_high`` (95 % interval over folds).
+    """Reports ``linear_probe`` with ``_low`` and ``_high`` (95 % interval over folds), and ``linear_probe_auc``.
 
     Args:
         images: what to classify; None: nothing is done.
@@ -99,6 +97,13 @@ class OnlineLinearProbe:
         if not is_main():
             return
         features = self.images.features(encoder, engine.state.device, self.batch_size)
-        result = linear_probe(features.numpy(), self.images.labels, self.images.folds)
-        engine.report(linear_probe=result.mean, linear_probe_low=result.low, linear_probe_high=result.high)
-        logger.info("Linear probe: balanced accuracy %.3f (%.3f to %.3f).", result.mean, result.low, result.high)
+        images = self.images
+        result = linear_probe(features.numpy(), images.labels, images.folds, images.groups)
+        figure = result.balanced_accuracy
+        engine.report(
+            linear_probe=figure.mean,
+            linear_probe_low=figure.low,
+            linear_probe_high=figure.high,
+            linear_probe_auc=result.auc.mean,
+        )
+        logger.info("Linear probe: balanced accuracy %s, AUC %s.", figure, result.auc)

@@ -5,10 +5,15 @@ from .calibration import (
     fit_temperature as fit_temperature,
 )
 from .classification import classification_metrics as classification_metrics
-from .knn import knn_cross_validate as knn_cross_validate, knn_predict as knn_predict
+from .knn import knn_predict as knn_predict
 from .logged import loss_metric as loss_metric, read_log as read_log, scalars as scalars
 from .nuclei import mask_dice as mask_dice, object_f1 as object_f1
-from .probe import linear_probe as linear_probe
+from .probe import (
+    group_folds as group_folds,
+    knn_probe as knn_probe,
+    linear_probe as linear_probe,
+    paired_difference as paired_difference,
+)
 
 __all__ = [
     "bootstrap_intervals",
@@ -16,12 +21,14 @@ __all__ = [
     "classification_metrics",
     "expected_calibration_error",
     "fit_temperature",
-    "knn_cross_validate",
+    "group_folds",
     "knn_predict",
+    "knn_probe",
     "linear_probe",
     "loss_metric",
     "mask_dice",
     "object_f1",
+    "paired_difference",
     "read_log",
     "scalars",
 ]

@@ -148,9 +148,7 @@ def _macro_auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.mean(defined)) if defined else float("nan")
 
 
-def _result(
-    scores: np.ndarray, labels: np.ndarray, folds: np.ndarray, penalties: Sequence[float] = ()
-) -> ProbeResult:
+def _result(scores: np.ndarray, labels: np.ndarray, folds: np.ndarray, penalties: Sequence[float] = ()) -> ProbeResult:
     predicted = scores.argmax(axis=1)
     held = [folds == fold for fold in np.unique(folds)]
     return ProbeResult(
@@ -202,9 +200,7 @@ def _choose(
         if len(np.unique(labels[~held])) < 2:
             continue
         weight = compute_sample_weight("balanced", labels[held])
-        for place, scores in enumerate(
-            _path(features[~held], labels[~held], penalties, max_iter, features[held], n)
-        ):
+        for place, scores in enumerate(_path(features[~held], labels[~held], penalties, max_iter, features[held], n)):
             clipped = np.clip(scores, 1e-7, None)
             losses[place] += log_loss(
                 labels[held], clipped / clipped.sum(1, keepdims=True), sample_weight=weight, labels=np.arange(n)
@@ -285,8 +281,6 @@ def knn_probe(
     scores = np.zeros((len(labels), n))
     for fold in np.unique(folds):
         held = torch.as_tensor(folds == fold)
-        votes = knn_predict(
-            bank[~held], known[~held], bank[held], n, k, temperature, class_weighted=class_weighted
-        )
+        votes = knn_predict(bank[~held], known[~held], bank[held], n, k, temperature, class_weighted=class_weighted)
         scores[held.numpy()] = votes.numpy()
     return _result(scores, labels, folds)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cytossl_monai.data.tiles.dataset import MixedDataset, TileDataset, collate_tiles
-from cytossl_monai.data.tiles.images import ImageFolder, fit_square, list_images
+from cytossl_monai.data.tiles.images import ImageFolder, ImageRecord, cut_field, fit_square, list_images
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.data.tiles.loader import choose_workers, tile_loader
 from cytossl_monai.data.tiles.sampler import SSLBatchSampler
@@ -202,12 +202,60 @@ def test_folder_of_classes(images: Path) -> None:
     assert np.bincount(data.groups).tolist() == [3, 2]
 
 
-def test_square_pads_with_the_border_and_keeps_the_middle() -> None:
-    image = np.full((10, 4, 3), 200, np.uint8)
-    image[4:6, 1:3] = 10
-    square = fit_square(image, 10)
-    assert (square[:, :3] == 200).all()
-    np.testing.assert_array_equal(square[:, 3:7], image)
+def test_a_square_holds_the_image_in_its_middle() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (10, 4, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(fit_square(image, 10)[:, 3:7], image)
+    np.testing.assert_array_equal(fit_square(image, 10), np.pad(image, ((0, 0), (3, 3), (0, 0)), "symmetric"))
+
+
+@pytest.mark.parametrize("fill", ["reflect", "glass"])
+@pytest.mark.parametrize(("x", "y", "side"), [(8, 6, 6), (8, 6, 40), (0, 0, 10), (15.5, 11.5, 7), (3, 9, 100)])
+def test_a_field_is_centred_and_says_what_is_real(x: float, y: float, side: int, fill: str, tmp_path: Path) -> None:
+    """Against an image that is padded far on all sides before it is cut."""
+    image = np.random.default_rng(2).integers(0, 255, (12, 16, 3)).astype(np.uint8)
+    far = 120
+    if fill == "reflect":
+        padded = np.pad(image, ((far, far), (far, far), (0, 0)), "symmetric")
+    else:
+        padded = np.empty((12 + 2 * far, 16 + 2 * far, 3), np.uint8)
+        padded[:] = np.percentile(image.reshape(-1, 3), 95, axis=0).astype(np.uint8)
+        padded[far : far + 12, far : far + 16] = image
+    left, top = (int(np.floor(place - side / 2 + 0.5)) for place in (x, y))
+    square = cut_field(image, x, y, side, fill)
+    np.testing.assert_array_equal(square, padded[far + top : far + top + side, far + left : far + left + side])
+    inside = np.zeros_like(padded[..., 0])
+    inside[far : far + 12, far : far + 16] = 1
+    rows, columns = np.nonzero(inside[far + top : far + top + side, far + left : far + left + side])
+    record = ImageRecord(tmp_path / "a.png", x=x, y=y)
+    Image.fromarray(image).save(record.path)
+    for size in (side, 2 * side):
+        valid = ImageFolder([record], size=size, crop=side)[0]["valid"] * (side / size)
+        assert valid.tolist() == pytest.approx([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
+def test_items_say_where_their_real_pixels_lie(images: Path) -> None:
+    item = ImageFolder(images, size=20, mpp=0.25)[0]  # 30 x 40 px in a square of 40
+    assert item["valid"].tolist() == [2.5, 0.0, 17.5, 20.0]
+    tall = ImageFolder(images, size=64, mpp=0.25, fit="tile")
+    assert tall[0]["valid"].tolist() == [17.0, 12.0, 47.0, 52.0]
+    assert tall.tile_um() == pytest.approx(0.25 * np.sqrt(30 * 41))
+    with pytest.raises(ValueError, match="fill must be"):
+        ImageFolder(images, fill="flat")
+
+
+def test_a_place_outside_of_its_image_is_named(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.csv").write_text("image,label,x,y\ncells/x/0.png,a,31,20\n")
+    with pytest.raises(InputError, match=r"0\.png: the place \(31, 20\) lies outside of its 30 x 40 px"):
+        ImageFolder(tmp_path / "out.csv", size=16, crop=16)[0]
+
+
+def test_a_table_without_groups_is_grouped_by_image(tmp_path: Path, images: Path) -> None:
+    """Never by label: the cells of one frame would stand on both sides of a fold."""
+    (tmp_path / "cells.csv").write_text(
+        "image,label,x,y\ncells/x/0.png,a,5,5\ncells/x/0.png,b,9,9\ncells/y/0.png,a,5,5\n"
+    )
+    groups = [record.group for record in list_images(tmp_path / "cells.csv")]
+    assert groups[0] == groups[1] != groups[2]
 
 
 def test_tables_and_datalists(images: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from ssl_standins import Dots
 
 from cytossl_monai.engines.study import ablation
 from cytossl_monai.engines.study.ablation import ARMS, AblationStudy, read_study
-from cytossl_monai.engines.study.representation import encode, labelled_task, probe
+from cytossl_monai.engines.study.representation import FIGURES, encode, labelled_task, probe, representation_table
 from cytossl_monai.engines.study.table import markdown_table, write_table
-from cytossl_monai.metrics.probe import knn_probe
+from cytossl_monai.metrics.probe import fold_figure, knn_probe
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.utils.errors import InputError, TableError
 
@@ -49,7 +49,7 @@ def study(repo_root_path: Path) -> dict[str, Any]:
         }
     )  # fmt: skip
     content["switches"]["sr"]["on"] = {"backbone#num_salient": 3, "backbone#window": 1}
-    content["tasks"] = {"cells": {"source": "cells", "field": 24, "size": 24, "n_folds": 3}}
+    content["tasks"] = {"cells": {"source": "cells", "field": 24, "size": 24, "n_folds": 3, "least_filled": 0.0}}
     return content
 
 
@@ -83,7 +83,7 @@ def test_runs_once_resumes_and_refuses_other_settings(
     # What is written down is what the encoder does.
     encoder, _ = load_encoder(tmp_path / "whole" / "simclr" / "both" / "models" / "model.pt")
     task = whole.tasks[0]
-    again = knn_probe(encode(encoder, task.images), task.labels, task.folds)
+    again = knn_probe(encode(encoder, task.images), task.labels, task.folds).balanced_accuracy
     assert (rows[0]["knn"], rows[0]["knn_low"], rows[0]["knn_high"]) == (again.mean, again.low, again.high)
 
     # Killed after its first checkpoint, it ends where the whole run ended.
@@ -124,6 +124,9 @@ def test_table_holds_every_figure(tmp_path: Path) -> None:
             "method": method, "arm": arm, "steps": 3, "task": task, "images": 9, "classes": 2,
             "knn": 0.5, "knn_low": 0.4, "knn_high": 0.6,
             "linear_probe": 0.7, "linear_probe_low": 0.65, "linear_probe_high": 0.75,
+            "linear_probe_auc": 0.8, "linear_probe_auc_low": 0.75, "linear_probe_auc_high": 0.85,
+            **{f"{name}_folds": [0.4, 0.5, 0.6 + 0.03 * (arm == "both")]
+               for name in ("knn", "linear_probe", "linear_probe_auc")},
             "images_per_s": 12.3, "data_wait_share": 0.01,
         }
         for method in ("simclr", "mae") for arm in ("plain", "both") for task in ("cells", "cric")
@@ -136,18 +139,20 @@ def test_table_holds_every_figure(tmp_path: Path) -> None:
     lines = markdown.read_text().splitlines()
     assert markdown_table(rows).splitlines() == lines
     assert lines[2] == (
-        "| simclr | plain | 0.500 (0.400 to 0.600) | 0.700 (0.650 to 0.750) | 0.500 (0.400 to 0.600) "
-        "| 0.700 (0.650 to 0.750) | 12 |"
+        "| simclr | plain | 0.500 (0.400 to 0.600) | 0.700 (0.650 to 0.750) | 0.800 (0.750 to 0.850) "
+        "| 0.500 (0.400 to 0.600) | 0.700 (0.650 to 0.750) | 0.800 (0.750 to 0.850) | 12 |"
     )
-    assert len(lines) == 2 + 5
-    assert lines[-1].endswith("|  |  |  |")  # not measured: left open
+    assert lines[6].endswith("|  |  |  |  |")  # not measured: left open
+    assert lines[8].startswith("Less the plain arm")
+    assert lines[-1].startswith("| mae | +both | +0.010 (")
+    assert len(lines) == 2 + 5 + 5 + 2
     assert np.asarray(Image.open(picture).convert("L")).std() > 5
 
 
 def test_tasks_keep_scale_and_neighbours(tmp_path: Path, data: Path) -> None:
     task = labelled_task("cells", data / "cells", size=12, mpp=0.25, field=24, n_folds=3)
     assert task.images.shape == (30, 3, 12, 12)
-    assert task.classes == ("dark", "light")
+    assert task.classes == ["dark", "light"]
     assert task.mpp == pytest.approx(0.5)
     assert set(probe(task.images.flatten(1).numpy(), task)) == {"knn", "linear_probe"}
     rows = ["image,label,x,y"]
@@ -157,8 +162,25 @@ def test_tasks_keep_scale_and_neighbours(tmp_path: Path, data: Path) -> None:
     (tmp_path / "cells.csv").write_text("\n".join(rows))
     blocks = labelled_task("frames", tmp_path / "cells.csv", size=8, field=8, group_block=10, n_folds=3)
     assert [len(set(blocks.folds[start : start + 10])) for start in (0, 10, 20)] == [1, 1, 1]
-    with pytest.raises(TableError, match="no label"):
+    with pytest.raises(TableError, match="without a label"):
         labelled_task("cells", data / "cells" / "dark")
+
+
+def test_the_table_names_what_it_compares_with() -> None:
+    rng = np.random.default_rng(0)
+
+    def row(encoder: str, shift: float) -> dict[str, Any]:
+        values = {name: fold_figure(list(rng.uniform(0.3, 0.5, 5) + shift)) for name in FIGURES}
+        flat = {key: figure.mean for key, figure in values.items()}
+        flat |= {f"{key}_{end}": getattr(figure, end) for key, figure in values.items() for end in ("low", "high")}
+        return {"encoder": encoder, "task": "cric", **flat, **{f"{k}_folds": list(v.folds) for k, v in values.items()}}
+
+    ours, plain = row("ours", 0.1), row("ResNet", 0.0)
+    lines = representation_table([ours, plain], "ResNet").splitlines()
+    gain = np.subtract(ours["knn_folds"], plain["knn_folds"])
+    assert lines[-1].startswith(f"| cric | ours | {gain.mean():+.3f} (")
+    with pytest.raises(ValueError, match="no row is named 'DINOv2'; there are ours, ResNet"):
+        representation_table([ours, plain], "DINOv2")
 
 
 def test_a_study_that_lacks_a_section_is_refused(tmp_path: Path) -> None:

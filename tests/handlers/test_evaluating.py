@@ -64,11 +64,15 @@ def test_online_knn_is_the_knn_of_the_encoders_features(labelled: Path) -> None:
     predicted = torch.empty_like(labels)
     for fold in range(4):
         held = torch.tensor(images.folds == fold)
-        predicted[held] = knn_predict(features[~held], labels[~held], features[held], 2, 3).argmax(1)
-    assert trainer.state.metrics["knn"] == pytest.approx(balanced_accuracy_score(labels, predicted))
-    probe = linear_probe(features.numpy(), images.labels, images.folds)
-    assert trainer.state.metrics["linear_probe"] == pytest.approx(probe.mean, abs=1e-6)
-    assert trainer.state.metrics["linear_probe_low"] == pytest.approx(probe.low, abs=1e-6)
+        predicted[held] = knn_predict(features[~held], labels[~held], features[held], 2, 3, class_weighted=True).argmax(
+            1
+        )
+    scores = [balanced_accuracy_score(labels[images.folds == f], predicted[images.folds == f]) for f in range(4)]
+    assert trainer.state.metrics["knn"] == pytest.approx(np.mean(scores))
+    probe = linear_probe(features.numpy(), images.labels, images.folds, images.groups)
+    assert trainer.state.metrics["linear_probe"] == pytest.approx(probe.balanced_accuracy.mean, abs=1e-6)
+    assert trainer.state.metrics["linear_probe_low"] == pytest.approx(probe.balanced_accuracy.low, abs=1e-6)
+    assert trainer.state.metrics["linear_probe_auc"] == pytest.approx(probe.auc.mean, abs=1e-6)
 
 
 def test_evaluation_does_not_touch_the_training(labelled: Path) -> None:

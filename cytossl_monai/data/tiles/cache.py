@@ -93,6 +93,10 @@ class TileCache(Dataset[Item]):
         weights: np.ndarray | None = self.dataset.weights
         return weights
 
+    def tile_um(self) -> float:
+        """Side of a tile in um, as the data set behind it says."""
+        return float(self.dataset.tile_um())
+
     def __len__(self) -> int:
         return len(self.dataset)
 

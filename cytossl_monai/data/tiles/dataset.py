@@ -61,7 +61,8 @@ class TileDataset(Dataset[Item]):
     ``__getitems__`` reads a whole batch in one batched call a slide, which PyTorch's loader uses by itself. Slides are
     opened in the process that reads, at most ``max_open`` at a time.
 
-    An item is a dictionary: ``image`` uint8 (3, size, size), ``mpp`` float32, ``slide_id``, ``x``, ``y`` (level-0
+    An item is a dictionary: ``image`` uint8 (3, size, size), ``mpp`` float32, ``valid`` float32 (left, top, right,
+    bottom) of the real pixels in it, here all, ``slide_id``, ``x``, ``y`` (level-0
     pixels), ``sample`` (the sampler's number for this draw, or the item's own).
 
     Args:
@@ -179,6 +180,10 @@ class TileDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.groups)
 
+    def tile_um(self) -> float:
+        """Side of a tile in um, the median of the tiles."""
+        return float(np.median(self._size * self._mpp))
+
     def _read_group(self, group: int, items: np.ndarray) -> np.ndarray:
         """(n, 3, size, size) uint8: tiles of one slide, of one size and scale."""
         size, mpp = int(self._size[items[0]]), float(self._mpp[items[0]])
@@ -209,10 +214,12 @@ class TileDataset(Dataset[Item]):
         return {"image": pixels, "mpp": np.float32(self._mpp[number]), **self.about(number, sample)}
 
     def about(self, number: int, sample: int) -> Item:
-        """What an item says beside its pixels and their scale: ``slide_id``, ``x``, ``y``, ``sample``."""
+        """What an item says beside its pixels and their scale: ``valid``, ``slide_id``, ``x``, ``y``, ``sample``."""
         x, y = self._xy[number]
         slide_id = self.slide_ids[int(self.groups[number])]
-        return {"slide_id": slide_id, "x": int(x), "y": int(y), "sample": sample}
+        side = float(self._size[number])
+        valid = torch.tensor([0.0, 0.0, side, side])
+        return {"valid": valid, "slide_id": slide_id, "x": int(x), "y": int(y), "sample": sample}
 
     def cache_key(self) -> dict[str, Any]:
         """What the pixels of the items depend on, for `TileCache`: files, arrays and settings."""
@@ -236,7 +243,7 @@ class MixedDataset(Dataset[Item]):
         ValueError: when there is no source, or ``shares`` does not fit them.
     """
 
-    KEYS = ("image", "mpp", "slide_id", "x", "y", "sample")
+    KEYS = ("image", "mpp", "valid", "slide_id", "x", "y", "sample")
 
     def __init__(
         self,
@@ -257,6 +264,10 @@ class MixedDataset(Dataset[Item]):
         starts = np.cumsum([0] + [int(source.groups.max()) + 1 for source in self.sources])
         self.groups = np.concatenate([s.groups.astype(np.int64) + start for s, start in zip(self.sources, starts)])
         self.weights: np.ndarray | None = None
+
+    def tile_um(self) -> float:
+        """Side of an item in um: that of the source with the largest share."""
+        return float(self.sources[int(np.argmax(self.shares))].tile_um())
 
     def __len__(self) -> int:
         return int(self._ends[-1])

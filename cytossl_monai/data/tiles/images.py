@@ -20,7 +20,9 @@ from cytossl_monai.data.tiles.dataset import Item, Key, apply_transform, split_k
 from cytossl_monai.utils.errors import InputError, TableError
 from cytossl_monai.utils.files import visible_files
 
-__all__ = ["ImageFolder", "ImageRecord", "fit_square", "list_images"]
+__all__ = ["ImageFolder", "ImageRecord", "cut_field", "fit_square", "image_size", "list_images"]
+
+Fill = Literal["reflect", "glass"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
@@ -32,7 +34,8 @@ class ImageRecord:
     Args:
         path: the file.
         label: its class, if known.
-        group: what must not straddle a split and shares a sampling quota: patient, slide or class folder.
+        group: what must not straddle a split and shares a sampling quota: patient, slide, class folder, or, where a
+            table says none, the image.
         x: column of the centre to crop around; None: the whole image.
         y: row of that centre.
     """
@@ -92,40 +95,88 @@ def _record(row: dict[str, Any], table: Path, line: int) -> ImageRecord:
     if not path.exists() and (table.parent / "images" / str(name)).exists():
         path = table.parent / "images" / str(name)
     label = row.get("label", row.get("class"))
-    group = row.get("group", row.get("patient_id", label))
+    group = row.get("group", row.get("patient_id"))
     x, y = row.get("x"), row.get("y")
     return ImageRecord(
         path,
         None if label in (None, "") else str(label),
-        "" if group is None else str(group),
+        # Cells of one frame are alike whatever their class: the image holds them together, never the label.
+        str(path) if group in (None, "") else str(group),
         None if x in (None, "") else float(x),  # type: ignore[arg-type]
         None if y in (None, "") else float(y),  # type: ignore[arg-type]
     )
 
 
-def fit_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Pad an image to a square with the median colour of its border, and resize it.
+def cut_field(image: np.ndarray, x: float, y: float, side: int, fill: Fill = "reflect") -> np.ndarray:
+    """Cut a square around a place, which stays in its middle; what lies beyond the image is filled.
+
+    Args:
+        image: (H, W, 3) uint8.
+        x: column of the centre, the left border at 0.
+        y: row of the centre.
+        side: of the square in pixels.
+        fill: ``"reflect"``: mirror the image at its borders, as often as it takes. ``"glass"``: the image's brightest
+            colour (the 95th percentile of each channel), which in bright field is glass wherever there is some.
+
+    Returns:
+        (side, side, 3) uint8.
+    """
+    height, width = image.shape[:2]
+    left, top = _corner(x, side), _corner(y, side)
+    if left >= 0 and top >= 0 and left + side <= width and top + side <= height:
+        return image[top : top + side, left : left + side]
+    if fill == "reflect":
+        rows, columns = _mirrored(top, side, height), _mirrored(left, side, width)
+        return image[rows[:, None], columns[None, :]]
+    square = np.empty((side, side, 3), dtype=np.uint8)
+    square[:] = np.percentile(image.reshape(-1, 3), 95, axis=0).astype(np.uint8)
+    box = _real_box(width, height, x, y, side)
+    part = image[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
+    square[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = part
+    return square
+
+
+def _corner(centre: float, side: int) -> int:
+    return math.floor(centre - side / 2 + 0.5)
+
+
+def _real_box(width: int, height: int, x: float, y: float, side: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the image's pixels in what ``cut_field`` gives."""
+    left, top = _corner(x, side), _corner(y, side)
+    return (
+        float(max(0, -left)),
+        float(max(0, -top)),
+        float(min(side, width - left)),
+        float(min(side, height - top)),
+    )
+
+
+def _mirrored(start: int, count: int, length: int) -> np.ndarray:
+    """Numbers of ``count`` lines from ``start`` on in an image of ``length`` lines that goes on mirrored for ever."""
+    places = np.arange(start, start + count) % (2 * length)
+    return np.where(places < length, places, 2 * length - 1 - places)
+
+
+def fit_square(image: np.ndarray, size: int, fill: Fill = "reflect") -> np.ndarray:
+    """Pad an image to a square, itself in the middle, and resize it.
 
     Args:
         image: (H, W, 3) uint8.
         size: side of the result in pixels.
+        fill: see ``cut_field``.
 
     Returns:
         (size, size, 3) uint8, area-averaged where it shrinks.
     """
     height, width = image.shape[:2]
-    side = max(height, width)
-    if height != width:
-        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-        square = np.empty((side, side, 3), dtype=np.uint8)
-        square[:] = np.median(border, axis=0).astype(np.uint8)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = image
-        image = square
-    if side == size:
-        return image
+    return _resized(cut_field(image, width / 2, height / 2, max(height, width), fill), size)
+
+
+def _resized(square: np.ndarray, size: int) -> np.ndarray:
+    if len(square) == size:
+        return square
     # PIL's bicubic filter widens with the scale: it averages where it shrinks.
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
 
 
 class ImageFolder(Dataset[Item]):
@@ -142,6 +193,8 @@ class ImageFolder(Dataset[Item]):
         tile_mpp: with ``fit="tile"``, the scale to read at; default: the file's own.
         transform: applied to each item in the worker.
         cache: keep the decoded, resized images in memory (uint8): for sets of some thousand small images.
+        fill: what stands beyond an image that is smaller than its field, or not square; see ``cut_field``. Items say in
+            ``valid``, float32 (left, top, right, bottom) in pixels of the item, where the real pixels lie.
 
     Attributes:
         labels: list of class names or None, one an item.
@@ -163,7 +216,10 @@ class ImageFolder(Dataset[Item]):
         tile_mpp: float | None = None,
         transform: Callable[[Item], Item] | None = None,
         cache: bool = False,
+        fill: Fill = "reflect",
     ) -> None:
+        if fill not in ("reflect", "glass"):
+            raise ValueError(f"fill must be 'reflect' or 'glass', got {fill!r}")
         if fit not in ("square", "tile"):
             raise ValueError(f"fit must be 'square' or 'tile', got {fit!r}")
         if size < 1 or crop < 1 or mpp <= 0:
@@ -172,6 +228,7 @@ class ImageFolder(Dataset[Item]):
         if not records:
             raise TableError("no image to read; give a folder or a table that lists some")
         self.size, self.mpp, self.fit, self.crop, self.transform = size, float(mpp), fit, crop, transform
+        self.fill: Fill = fill
         self.scale = 1.0 if tile_mpp is None else float(tile_mpp) / self.mpp
         self.side = max(1, round(size * self.scale))
         self.records: list[ImageRecord] = []
@@ -183,10 +240,11 @@ class ImageFolder(Dataset[Item]):
         self.weights: np.ndarray | None = None
         self._cache: dict[int, tuple[np.ndarray, float]] | None = {} if cache else None
         self._last: tuple[Path, np.ndarray] | None = None
+        self._sizes: dict[Path, tuple[int, int]] = {}
 
     def _grid(self, record: ImageRecord) -> list[ImageRecord]:
         """Evenly spread tile centres that cover a frame; the last ones overlap rather than leave a rest."""
-        width, height = _image_size(record.path)
+        width, height = image_size(record.path)
         columns, rows = (max(1, math.ceil(extent / self.side)) for extent in (width, height))
         xs = np.linspace(min(self.side, width) / 2, width - min(self.side, width) / 2, columns)
         ys = np.linspace(min(self.side, height) / 2, height - min(self.side, height) / 2, rows)
@@ -194,6 +252,34 @@ class ImageFolder(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def tile_um(self, sample: int = 200) -> float:
+        """Side in um of the real part of an item, the median of the items (of ``sample`` of them, evenly drawn)."""
+        numbers = np.unique(np.linspace(0, len(self.records) - 1, min(sample, len(self.records))).astype(int))
+        sides = []
+        for record in (self.records[number] for number in numbers):
+            width, height = image_size(record.path)
+            if record.x is not None and record.y is not None:
+                side = self.side if self.fit == "tile" else self.crop
+                width, height = min(width, side), min(height, side)
+            sides.append(math.sqrt(width * height) * self.mpp)
+        return float(np.median(sides))
+
+    def _field(self, number: int, width: int, height: int) -> tuple[float, float, int]:
+        """Centre and side of what is cut out of an image of that size.
+
+        Raises:
+            InputError: when the record's place lies outside of it.
+        """
+        record = self.records[number]
+        if record.x is None or record.y is None:
+            return width / 2, height / 2, max(height, width)
+        if not (0 <= record.x <= width and 0 <= record.y <= height):
+            raise InputError(
+                f"image {record.path}: the place ({record.x:g}, {record.y:g}) lies outside of its {width} x {height} "
+                "px; correct the table"
+            )
+        return record.x, record.y, self.side if self.fit == "tile" else self.crop
 
     def _read(self, number: int) -> tuple[np.ndarray, float]:
         """(3, size, size) uint8 and the micrometres per pixel of the result."""
@@ -203,10 +289,9 @@ class ImageFolder(Dataset[Item]):
         if self._last is None or self._last[0] != record.path:  # places in one frame often follow each other
             self._last = record.path, _load_rgb(record.path)
         image = self._last[1]
-        if record.x is not None and record.y is not None:
-            image = _crop(image, record.x, record.y, self.side if self.fit == "tile" else self.crop)
-        mpp = self.mpp * max(image.shape[:2]) / self.size
-        result = np.ascontiguousarray(fit_square(image, self.size).transpose(2, 0, 1)), mpp
+        x, y, side = self._field(number, image.shape[1], image.shape[0])
+        square = _resized(cut_field(image, x, y, side, self.fill), self.size)
+        result = np.ascontiguousarray(square.transpose(2, 0, 1)), self.mpp * side / self.size
         if self._cache is not None:
             self._cache[number] = result
         return result
@@ -221,15 +306,22 @@ class ImageFolder(Dataset[Item]):
         return apply_transform(self.transform, items)
 
     def about(self, number: int, sample: int) -> Item:
-        """What an item says beside its pixels and their scale: ``slide_id``, ``x``, ``y``, ``sample``."""
+        """What an item says beside its pixels and their scale: ``valid``, ``slide_id``, ``x``, ``y``, ``sample``."""
         record = self.records[number]
-        return {"slide_id": record.path.stem, "x": int(record.x or 0), "y": int(record.y or 0), "sample": sample}
+        size = self._sizes.get(record.path)
+        if size is None:
+            size = self._sizes[record.path] = image_size(record.path)
+        x, y, side = self._field(number, *size)
+        valid = torch.tensor(_real_box(*size, x, y, side)) * (self.size / side)
+        place = {"x": int(record.x or 0), "y": int(record.y or 0)}
+        return {"valid": valid, "slide_id": record.path.stem, **place, "sample": sample}
 
     def cache_key(self) -> dict[str, Any]:
         """What the pixels of the items depend on, for `TileCache`: files, arrays and settings."""
         places = [[np.nan if at is None else at for at in (r.x, r.y)] for r in self.records]
         names = [str(record.path) for record in self.records]
         settings = {"size": self.size, "mpp": self.mpp, "fit": self.fit, "crop": self.crop, "side": self.side}
+        settings["fill"] = self.fill
         return {"files": sorted(set(names)), "arrays": [np.asarray(places)], "settings": {**settings, "names": names}}
 
     def __getitem__(self, key: Key) -> Item:
@@ -246,7 +338,7 @@ def _load_rgb(path: Path) -> np.ndarray:
         raise InputError(f"image {path} cannot be read ({error}); leave it out or replace it") from error
 
 
-def _image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Width and height from the file's header."""
     try:
         with Image.open(path) as image:
@@ -255,18 +347,3 @@ def _image_size(path: Path) -> tuple[int, int]:
         raise InputError(f"image {path} does not exist; correct its path in the table") from error
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"image {path} cannot be read ({error}); leave it out or replace it") from error
-
-
-def _crop(image: np.ndarray, x: float, y: float, side: int) -> np.ndarray:
-    """(side, side, 3) around (x, y), moved inside the image; a smaller image is padded with its border's median."""
-    height, width = image.shape[:2]
-    left = min(max(round(x - side / 2), 0), max(width - side, 0))
-    top = min(max(round(y - side / 2), 0), max(height - side, 0))
-    part = image[top : top + side, left : left + side]
-    if part.shape[:2] == (side, side):
-        return part
-    border = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]])
-    full = np.empty((side, side, 3), dtype=np.uint8)
-    full[:] = np.median(border, axis=0).astype(np.uint8)
-    full[: part.shape[0], : part.shape[1]] = part
-    return full

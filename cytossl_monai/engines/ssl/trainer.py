@@ -62,7 +62,8 @@ class SSLTrainer(Trainer):
             the step that the run is resumed from; any other is iterated from its beginning.
         network: the method, or the method wrapped by ``engines.ssl.wrap``, on its device.
         optimizer: over the method's parameters; see ``build_optimizer``.
-        views: maps (images, mpp, generator=) to the views that the method takes; see ``ViewGenerator``.
+        views: maps (images, mpp, generator=) to the views that the method takes; see ``ViewGenerator``. Where batches
+            say ``valid``, the box of each image's real pixels, it is passed on under that name.
         epoch_length: steps of an epoch; default: the loader's length.
         max_steps: length of the run in steps, which then takes precedence over ``max_epochs``.
         lr_schedule: (step, total_steps, epoch_length) -> learning rate; None leaves the optimiser's.
@@ -271,6 +272,8 @@ class SSLTrainer(Trainer):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, _VIEWS, step, rank() * groups + group))
             part = slice(group * size, (group + 1) * size)
             known = {} if nuclei is None else {"masks": nuclei[part]}
+            if "valid" in batchdata:  # where to cut is decided on the CPU: taken from there, nothing waits for a device
+                known["valid"] = batchdata["valid"][part]
             drawn.append(self.views(images[part], mpp[part], generator=generator, **known))
         views = dict(drawn[0]) if groups == 1 else join_views(drawn)
         if self.channels_last:

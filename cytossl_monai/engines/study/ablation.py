@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import yaml
 
+from cytossl_monai.data.tiles.labelled import LabelledImages
 from cytossl_monai.engines.bundle import run_training
-from cytossl_monai.engines.study.representation import LabelledTask, encode, labelled_task, probe
+from cytossl_monai.engines.study.representation import encode, figures_of, labelled_task, probe
 from cytossl_monai.metrics.logged import read_log
 from cytossl_monai.networks.files import build_encoder, load_encoder
 from cytossl_monai.utils.errors import InputError
@@ -109,7 +110,7 @@ class AblationStudy:
     ) -> None:
         self.study, self.data, self.output = study, Path(data).resolve(), Path(output).resolve()
         self.root, self.extra = Path(root).resolve(), dict(extra or {})
-        self._tasks: list[LabelledTask] | None = None
+        self._tasks: list[LabelledImages] | None = None
 
     def runs(self, methods: Sequence[str] | None = None, arms: Sequence[str] | None = None) -> list[AblationRun]:
         """The runs of these methods and arms (default: all), in the order of the study.
@@ -140,7 +141,7 @@ class AblationStudy:
         return AblationRun(method, arm, tuple(map(str, files)), {**settings, **self.extra})
 
     @property
-    def tasks(self) -> list[LabelledTask]:
+    def tasks(self) -> list[LabelledImages]:
         """The labelled images, read at the first use."""
         if self._tasks is None:
             self._tasks = [
@@ -195,8 +196,7 @@ class AblationStudy:
         rows = []
         for task in self.tasks:
             row = {**head, "task": task.name, "images": len(task.labels), "classes": len(task.classes)}
-            for name, found in probe(encode(encoder, task.images, device), task).items():
-                row.update({name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high})
+            row.update(figures_of(probe(encode(encoder, task.images, device), task)))
             rows.append(row)
         return rows
 
@@ -210,7 +210,8 @@ class AblationStudy:
 
         Returns:
             one row a run and task: ``method, arm, steps, task, images, classes``, and ``knn``, ``linear_probe``
-            (balanced accuracy, mean of the folds) with ``_low`` and ``_high`` (95 %), ``images_per_s`` and
+            (balanced accuracy, mean of the folds) and the same with ``_auc`` (macro AUC), each with ``_low`` and
+            ``_high`` (95 %) and ``_folds``, ``images_per_s`` and
             ``data_wait_share`` (medians over the run's log; None where it logged none).
         """
         found = []

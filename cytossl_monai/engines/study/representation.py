@@ -1,43 +1,30 @@
-"""What an encoder knows: labelled images, read once, and the probes that its features are put to."""
+"""What an encoder knows: the probes that its features are put to, and the table of encoders beside each other."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from cytossl_monai.data.tiles.images import ImageFolder, ImageRecord, list_images
-from cytossl_monai.metrics.probe import ProbeResult, group_folds, knn_probe, linear_probe
-from cytossl_monai.utils.errors import TableError
+from cytossl_monai.data.tiles.labelled import LabelledImages
+from cytossl_monai.metrics.probe import FoldFigure, ProbeResult, fold_figure, knn_probe, linear_probe, paired_difference
 
-__all__ = ["PROBES", "LabelledTask", "encode", "labelled_task", "probe"]
+__all__ = [
+    "FIGURES",
+    "difference",
+    "encode",
+    "figures_of",
+    "labelled_task",
+    "probe",
+    "representation_table",
+]
 
-PROBES = {"knn": knn_probe, "linear_probe": linear_probe}
-
-
-@dataclass(frozen=True)
-class LabelledTask:
-    """Labelled images and the folds that they are cross-validated by.
-
-    Args:
-        name: of the task.
-        images: (N, 3, size, size) uint8.
-        labels: (N,) int64, numbers of ``classes``.
-        folds: (N,) int64.
-        classes: names of the classes, sorted.
-        mpp: micrometres per pixel of ``images``.
-    """
-
-    name: str
-    images: Tensor
-    labels: np.ndarray
-    folds: np.ndarray
-    classes: tuple[str, ...]
-    mpp: float
+FIGURES = {"knn": "kNN", "linear_probe": "linear probe", "linear_probe_auc": "macro AUC"}
+"""Figures of a table: balanced accuracy of both probes, and the macro AUC of the linear one."""
 
 
 def labelled_task(
@@ -49,47 +36,35 @@ def labelled_task(
     group_block: int | None = None,
     n_folds: int = 5,
     seed: int = 0,
-) -> LabelledTask:
+    least_filled: float = 1.0,
+    fill: Literal["reflect", "glass"] = "reflect",
+) -> LabelledImages:
     """Read a task: a field of fixed width around each marked place, or around the centre of each image.
-
-    A cell keeps its scale so, other than if every crop were resized to the same side.
 
     Args:
         name: of the task.
-        source: folder of class folders, CSV or datalist; see ``list_images``.
+        source: folder of class folders, CSV or datalist.
         size: side of the images in pixels.
         mpp: micrometres per pixel of the files.
-        field: side of what is cut out, in pixels of the files.
-        group_block: files are named by numbers, and so many neighbouring numbers stay in one fold (frames of a slide);
-            None: every image is its own group.
+        field: side of what is cut out, in pixels of the files. Choose one that most images fill.
+        group_block: see ``LabelledImages``.
         n_folds: number of folds.
         seed: of the folds.
-
-    Raises:
-        TableError: when an image has no label, there is one class only, or a name is no number with ``group_block``.
+        least_filled: images that fill less of the field are left out; by default all that do not fill it.
+        fill: see ``cut_field``.
     """
-    records = []
-    for record in list_images(source):
-        if record.label is None:
-            raise TableError(f"{source}: {record.path} has no label; put images into class folders or add a column")
-        if record.x is None or record.y is None:
-            with Image.open(record.path) as image:
-                x, y = image.width / 2, image.height / 2
-            record = ImageRecord(record.path, record.label, record.group, x, y)
-        records.append(record)
-    classes, labels = np.unique([record.label or "" for record in records], return_inverse=True)
-    if len(classes) < 2:
-        raise TableError(f"{source}: one class only ({classes[0]}); a probe needs at least two")
-    groups = None
-    if group_block is not None:
-        unnumbered = [record.path.name for record in records if not record.path.stem.isdigit()]
-        if unnumbered:
-            raise TableError(f"{source}: {unnumbered[0]} is not named by a number; leave group_block out")
-        groups = [int(record.path.stem) // group_block for record in records]
-    dataset = ImageFolder(records, size=size, mpp=mpp, crop=field)
-    images = torch.stack([item["image"] for item in dataset.__getitems__(range(len(dataset)))])
-    folds = group_folds(labels.tolist(), groups, n_folds, seed)
-    return LabelledTask(name, images, labels, folds, tuple(classes.tolist()), mpp * field / size)
+    return LabelledImages(
+        source,
+        size=size,
+        mpp=mpp,
+        view_mpp=mpp * field / size,
+        n_folds=n_folds,
+        group_block=group_block,
+        least_filled=least_filled,
+        fill=fill,
+        seed=seed,
+        name=name,
+    )
 
 
 @torch.inference_mode()
@@ -100,11 +75,61 @@ def encode(encoder: nn.Module, images: Tensor, device: torch.device | str = "cpu
     return torch.cat(parts).numpy()
 
 
-def probe(features: np.ndarray, task: LabelledTask) -> dict[str, ProbeResult]:
-    """Balanced accuracy of each of ``PROBES`` over the task's folds, with 95 % intervals.
+def probe(features: np.ndarray, task: LabelledImages) -> dict[str, ProbeResult]:
+    """``knn`` and ``linear_probe`` over the task's folds; the probe's penalty is chosen by the task's groups.
 
     Args:
         features: (N, D), one row an image of the task.
-        task: the labels and folds.
+        task: the labels, folds and groups.
     """
-    return {name: function(features, task.labels, task.folds) for name, function in PROBES.items()}
+    return {
+        "knn": knn_probe(features, task.labels, task.folds),
+        "linear_probe": linear_probe(features, task.labels, task.folds, task.groups),
+    }
+
+
+def figures_of(probed: Mapping[str, ProbeResult]) -> dict[str, Any]:
+    """Figures of a row: of each probe ``<name>`` and ``<name>_auc``, and ``_low``, ``_high``, ``_folds`` of both."""
+    row: dict[str, Any] = {}
+    for name, result in probed.items():
+        for key, figure in ((name, result.balanced_accuracy), (f"{name}_auc", result.auc)):
+            row |= {key: figure.mean, f"{key}_low": figure.low, f"{key}_high": figure.high}
+            row[f"{key}_folds"] = list(figure.folds)
+    return row
+
+
+def difference(row: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> FoldFigure:
+    """A figure of one row less that of another of the same task, paired over the folds."""
+    return paired_difference(fold_figure(row[f"{figure}_folds"]), fold_figure(other[f"{figure}_folds"]))
+
+
+def representation_table(rows: Sequence[Mapping[str, Any]], reference: str | None = None) -> str:
+    """Markdown: one line an encoder and task, each figure with its interval; then the differences to a named row.
+
+    Args:
+        rows: with ``task``, ``encoder`` and the figures of ``figures_of``.
+        reference: encoder that the others are compared with; None: no differences.
+
+    Raises:
+        ValueError: when no row has the name of the reference.
+    """
+    names = list(FIGURES)
+    lines = ["| task | encoder | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(names) + 2) + "|"]
+    for row in rows:
+        cells = [f"{row[name]:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})" for name in names]
+        lines.append(f"| {row['task']} | {row['encoder']} | {' | '.join(cells)} |")
+    if reference is None:
+        return "\n".join(lines) + "\n"
+    if not any(row["encoder"] == reference for row in rows):
+        known = ", ".join(dict.fromkeys(row["encoder"] for row in rows))
+        raise ValueError(f"no row is named {reference!r}; there are {known}")
+    lines += ["", f"Less {reference}, paired over the folds:", ""]
+    lines += ["| task | encoder | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(names) + 2) + "|"]
+    base = {row["task"]: row for row in rows if row["encoder"] == reference}
+    for row in rows:
+        if row["encoder"] == reference or row["task"] not in base:
+            continue
+        found = [difference(row, base[row["task"]], name) for name in names]
+        cells = [f"{figure.mean:+.3f} ({figure.low:+.3f} to {figure.high:+.3f})" for figure in found]
+        lines.append(f"| {row['task']} | {row['encoder']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cytossl_monai.engines.study.representation import FIGURES, difference
 from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.files import atomic_path, write_text
 
@@ -15,11 +16,12 @@ __all__ = ["markdown_table", "write_table"]
 
 LABELS = {"plain": "plain", "ncp": "+NCP", "sr": "+SR", "both": "+both"}
 COLOURS = {"plain": "#8a8f98", "ncp": "#d9822b", "sr": "#2f7dbd", "both": "#3f9142"}
-FIGURES = {"knn": "kNN", "linear_probe": "linear probe"}
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a method and arm, the tasks side by side: mean (95 % interval) of balanced accuracy, and images/s.
+    """One line a method and arm, the tasks side by side: each figure with its 95 % interval, and images/s.
+
+    Below it, what each arm gains over the plain one of its method: differences paired over the folds.
 
     Args:
         rows: what ``AblationStudy.rows`` gives.
@@ -35,7 +37,30 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [_interval(mine.get(task), figure) for task in tasks for figure in FIGURES]
         speed = next(iter(mine.values())).get("images_per_s")
         lines.append(f"| {method} | {LABELS[arm]} | {' | '.join(cells)} | {'' if speed is None else f'{speed:.0f}'} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_gains(rows, tasks, columns)]) + "\n"
+
+
+def _gains(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Lines of what each arm gains over the plain one; none where no method has both."""
+    by_name = {(row["method"], row["arm"], row["task"]): row for row in rows}
+    lines = []
+    for method, arm in dict.fromkeys((row["method"], row["arm"]) for row in rows):
+        if arm == "plain" or (method, "plain", tasks[0]) not in by_name:
+            continue
+        cells = []
+        for task in tasks:
+            mine, plain = by_name.get((method, arm, task)), by_name.get((method, "plain", task))
+            for figure in FIGURES:
+                if mine is None or plain is None:
+                    cells.append("")
+                    continue
+                gain = difference(mine, plain, figure)
+                cells.append(f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
+        lines.append(f"| {method} | {LABELS[arm]} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = ["", "Less the plain arm, paired over the folds:", "", "| method | arm | " + " | ".join(columns) + " |"]
+    return [*head, "|---" * (len(columns) + 2) + "|", *lines]
 
 
 def _interval(row: Mapping[str, Any] | None, figure: str) -> str:
@@ -88,7 +113,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axes.bar(places, means, 0.19, yerr=[below, above], capsize=2, color=COLOURS[arm], label=label)
             axes.set_xticks(range(len(methods)), methods, fontsize=8)
             axes.set_title(f"{task}: {FIGURES[figure]}", fontsize=10)
-            axes.set_ylabel("balanced accuracy", fontsize=8)
+            axes.set_ylabel("AUC" if figure.endswith("auc") else "balanced accuracy", fontsize=8)
             axes.tick_params(axis="y", labelsize=8)
             axes.grid(axis="y", alpha=0.3)
     panels[0][0].legend(fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.12))

@@ -88,6 +88,7 @@ def draw_boxes(
     turn: bool = True,
     cells: Tensor | None = None,
     nucleus_prob: float = 0.0,
+    valid: Tensor | None = None,
 ) -> CropBoxes:
     """Draw a crop a sample.
 
@@ -102,16 +103,22 @@ def draw_boxes(
         cells: as of :func:`nuclear_cells`, to centre crops on nuclei.
         nucleus_prob: part of the crops that are centred on a nucleus, as far as the tile's border allows. A tile
             without nuclei is cut anywhere.
+        valid: (B, 4) left, top, right and bottom of each tile's real pixels; None: all are. The rest is fill, of which
+            a view is to show nothing: two views that hold the same fill are told apart from others by it alone.
+            ``scale`` is then the part of the real pixels' area.
 
     Returns:
-        Boxes that lie within the tile.
+        Boxes that lie within the tile, and within its real pixels.
     """
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * drawn[:, 0])
+    left, top, right, bottom = _real_edges(valid, len(drawn), height, width)
+    real_w, real_h = right - left, bottom - top
+    area = real_h * real_w * (scale[0] + (scale[1] - scale[0]) * drawn[:, 0])
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * drawn[:, 1])
-    box_w = (area * aspect).sqrt().clamp(1.0, width)
-    box_h = (area / box_w).clamp(1.0, height)
-    centre_x = box_w / 2 + (width - box_w) * drawn[:, 2]
-    centre_y = box_h / 2 + (height - box_h) * drawn[:, 3]
+    one = torch.ones_like(real_w)
+    box_w = torch.minimum(torch.maximum((area * aspect).sqrt(), one), real_w)
+    box_h = torch.minimum(torch.maximum(area / box_w, one), real_h)
+    centre_x = left + box_w / 2 + (real_w - box_w) * drawn[:, 2]
+    centre_y = top + box_h / 2 + (real_h - box_h) * drawn[:, 3]
     if cells is not None and nucleus_prob > 0.0:
         across = cells.shape[-1]
         running = cells.flatten(1).to(torch.float64).cumsum(1)
@@ -120,14 +127,30 @@ def draw_boxes(
         at_x = ((picked % across) + drawn[:, 5]) * _NUCLEUS_CELL
         at_y = ((picked // across) + drawn[:, 6]) * _NUCLEUS_CELL
         use = (total[:, 0] > 0) & (drawn[:, 7] < nucleus_prob)
-        centre_x = torch.where(use, torch.minimum(torch.maximum(at_x, box_w / 2), width - box_w / 2), centre_x)
-        centre_y = torch.where(use, torch.minimum(torch.maximum(at_y, box_h / 2), height - box_h / 2), centre_y)
+        centre_x = torch.where(use, torch.minimum(torch.maximum(at_x, left + box_w / 2), right - box_w / 2), centre_x)
+        centre_y = torch.where(use, torch.minimum(torch.maximum(at_y, top + box_h / 2), bottom - box_h / 2), centre_y)
     quarter = (drawn[:, 8] * 4).to(torch.int64) if turn else torch.zeros(len(drawn), dtype=torch.int64)
     cos = torch.tensor([1.0, 0.0, -1.0, 0.0], dtype=torch.float64)[quarter]
     sin = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)[quarter]
     mirror = torch.where(drawn[:, 9] < 0.5, -1.0, 1.0) if flip else torch.ones(len(drawn), dtype=torch.float64)
     axes = torch.stack([torch.stack([mirror * cos, -sin], 1), torch.stack([mirror * sin, cos], 1)], 1)
     return CropBoxes(torch.stack([centre_x, centre_y], 1), torch.stack([box_w, box_h], 1), axes)
+
+
+def _real_edges(valid: Tensor | None, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B,) float64 left, top, right and bottom of the real pixels, at least one pixel wide and within the tile.
+
+    Raises:
+        ValueError: when ``valid`` is not (B, 4).
+    """
+    if valid is None:
+        valid = torch.tensor([[0.0, 0.0, width, height]], dtype=torch.float64).expand(batch, 4)
+    if valid.shape != (batch, 4):
+        raise ValueError(f"valid must be ({batch}, 4): left, top, right, bottom; got {tuple(valid.shape)}")
+    edges = valid.to("cpu", torch.float64)
+    left, top = edges[:, 0].clamp(0.0, width - 1.0), edges[:, 1].clamp(0.0, height - 1.0)
+    right = torch.maximum(edges[:, 2].clamp(max=width), left + 1.0)
+    return left, top, right, torch.maximum(edges[:, 3].clamp(max=height), top + 1.0)
 
 
 def _grid(boxes: CropBoxes, side: int, height: int, width: int, device: torch.device) -> Tensor:

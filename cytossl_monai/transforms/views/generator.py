@@ -158,6 +158,7 @@ class ViewGenerator(nn.Module):
         mpp: float | Tensor | None = None,
         masks: Tensor | None = None,
         generator: torch.Generator | None = None,
+        valid: Tensor | None = None,
     ) -> dict[str, Any]:
         """Make the views of a batch.
 
@@ -167,6 +168,8 @@ class ViewGenerator(nn.Module):
                 looked for nor NCP is on.
             masks: (B, 1, H, W), bool or 0 and 1: nuclei from elsewhere; None asks the segmenter.
             generator: where all random numbers come from; None takes torch's global CPU generator.
+            valid: (B, 4) left, top, right, bottom of each tile's real pixels, which views are drawn in; None: all of
+                the tile. See :func:`~cytossl_monai.transforms.views.boxes.draw_boxes`.
 
         Returns:
             ``"global"``: a list of (B, 3, global_size, global_size) float32 in [0, 1]; ``"local"``: the same with
@@ -192,6 +195,7 @@ class ViewGenerator(nn.Module):
             if 0 < len(with_nuclei) < len(tiles):
                 kept = with_nuclei
                 tiles, masks = tiles[kept], masks[kept]
+                valid = None if valid is None else valid[kept.to(valid.device)]
                 scale = None if scale is None else scale[kept.cpu()]
         batch, height, width = len(tiles), tiles.shape[-2], tiles.shape[-1]
 
@@ -218,6 +222,7 @@ class ViewGenerator(nn.Module):
                     self.turn,
                     cells,
                     self.same_nucleus_prob if is_global else self.nucleus_prob,
+                    valid,
                 )
             )
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}

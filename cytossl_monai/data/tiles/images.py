@@ -320,8 +320,14 @@ class ImageFolder(Dataset[Item]):
         """What the pixels of the items depend on, for `TileCache`: files, arrays and settings."""
         places = [[np.nan if at is None else at for at in (r.x, r.y)] for r in self.records]
         names = [str(record.path) for record in self.records]
-        settings = {"size": self.size, "mpp": self.mpp, "fit": self.fit, "crop": self.crop, "side": self.side}
-        settings["fill"] = self.fill
+        settings: dict[str, Any] = {
+            "fill": self.fill,
+            "size": self.size,
+            "mpp": self.mpp,
+            "fit": self.fit,
+            "crop": self.crop,
+            "side": self.side,
+        }
         return {"files": sorted(set(names)), "arrays": [np.asarray(places)], "settings": {**settings, "names": names}}
 
     def __getitem__(self, key: Key) -> Item:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ssl_standins import TinyEncoder, make_trainer
@@ -145,3 +146,18 @@ class Stop:
                 engine.terminate(skip_completed=True)
 
         engine.add_event_handler(Events.ITERATION_COMPLETED, stop)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("change", ["step", "model", "optimizer", "metrics", "version", "whole", "random"])
+def test_a_checkpoint_without_its_fields_is_a_sentence(
+    change: str, tmp_path: Path, whole_run: tuple[list, dict]
+) -> None:
+    path = tmp_path / "step_4.pt"
+    content = {"format": "cytossl-train", "version": 1, "step": 4, "total_steps": 12, "method": "m", "model": {}}
+    content |= {"optimizer": {}, "scaler": {}, "data": {}, "metrics": {}, "handlers": {}}
+    torch.save([1, 2] if change == "whole" else {k: v for k, v in content.items() if k != change}, path)
+    if change == "random":
+        path.write_bytes(np.random.default_rng(0).bytes(2000))
+    with pytest.raises(CheckpointError, match=r"step_4\.pt") as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value)

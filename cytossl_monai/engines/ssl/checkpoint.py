@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +16,14 @@ from cytossl_monai.engines.ssl.protocol import SSLRun
 from cytossl_monai.engines.ssl.sharding import full_state, load_full_state, name_of
 from cytossl_monai.utils.distributed import is_main, world_size
 from cytossl_monai.utils.errors import CheckpointError
-from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.utils.files import atomic_path, read_torch
 
 __all__ = ["find_checkpoints", "load_checkpoint", "read_checkpoint", "save_checkpoint", "step_of"]
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION = "cytossl-train", 1
+_FIELDS = {"step": int, "total_steps": int, "method": str, "model": dict, "optimizer": dict, "scaler": dict,
+           "data": dict, "metrics": dict, "handlers": dict}  # fmt: skip
 _NAME = re.compile(r"step_(\d+)\.pt$")
 
 
@@ -65,22 +66,20 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
     Raises:
         CheckpointError: when it is missing, damaged, or something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist; give one that a run wrote, or start anew")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged ({_first_line(error)}); delete it and go on from another"
-        ) from error
+    content = read_torch(path, "a checkpoint", device)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is no training checkpoint; give a step_*.pt of a pretraining run (an encoder's model.pt is loaded "
             "as the encoder's weights)"
         )
-    if int(content["version"]) > VERSION:
-        raise CheckpointError(f"checkpoint {path} is of version {content['version']}; update the program to read it")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"checkpoint {path} is of version {content.get('version')}; this package reads {VERSION}")
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({wrong[0]} is missing or no {_FIELDS[wrong[0]].__name__}); delete it and go "
+            "on from another"
+        )
     return dict(content)
 
 

@@ -22,7 +22,7 @@ from cytossl_monai.engines.study.representation import encode, figures_of, label
 from cytossl_monai.metrics.logged import read_log
 from cytossl_monai.networks.files import build_encoder, load_encoder
 from cytossl_monai.utils.errors import InputError
-from cytossl_monai.utils.files import write_json
+from cytossl_monai.utils.files import read_torch, write_json
 
 __all__ = ["ARMS", "AblationRun", "AblationStudy", "read_study"]
 
@@ -227,7 +227,7 @@ class AblationStudy:
             run = next((run for run in runs if run.arm == arm), None)
             if run is None:
                 continue
-            saved = torch.load(self.folder(run) / "models" / "model.pt", map_location="cpu", weights_only=True)
+            saved = read_torch(self.folder(run) / "models" / "model.pt", "an encoder")
             torch.manual_seed(0)
             found += self._probe(build_encoder(saved), {"method": "random weights", "arm": arm, "steps": 0}, device)
         return found

@@ -77,8 +77,8 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise CheckpointError(
-            f"checkpoint {path} is damaged ({wrong[0]} is missing or no {_FIELDS[wrong[0]].__name__}); delete it and go "
-            "on from another"
+            f"checkpoint {path} is damaged ({wrong[0]} is missing or no {_FIELDS[wrong[0]].__name__}); delete it and "
+            "go on from another"
         )
     return dict(content)
 

@@ -18,6 +18,7 @@ from .slide_table import (
     read_slide_table as read_slide_table,
     write_slide_table as write_slide_table,
 )
+from .slides.cache import SlideCache as SlideCache
 from .slides.open import open_slide as open_slide
 from .slides.pool import SlidePool as SlidePool
 from .slides.slide import Slide as Slide
@@ -43,6 +44,7 @@ __all__ = [
     "RandTileSampled",
     "SSLBatchSampler",
     "Slide",
+    "SlideCache",
     "SlidePool",
     "SlideRecord",
     "TileCache",

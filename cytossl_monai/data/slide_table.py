@@ -55,6 +55,7 @@ class SlideRecord:
         fold: number of the fold or None when folds are still to be drawn.
         mpp: micrometres per pixel at level 0, when the file does not say or says it wrong.
         extra: the table's other columns, as text (datalist: as they are); a datalist's section under ``"split"``.
+        local: a copy of the slide on a faster disk, to read the pixels from (`SlideCache`).
     """
 
     slide_id: str
@@ -64,6 +65,7 @@ class SlideRecord:
     fold: int | None = None
     mpp: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    local: Path | None = None
 
 
 def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
+from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
@@ -22,8 +24,10 @@ from cytossl_monai.index.nuclei import NucleusRules, count_nuclei
 from cytossl_monai.index.overview import draw_overview
 from cytossl_monai.utils.errors import TableError, failure
 from cytossl_monai.utils.files import file_fingerprint
-from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.locks import LockedError, item_lock
+from cytossl_monai.utils.parallel import Outcome, default_workers, run_parallel
 from cytossl_monai.utils.report import RunReport
+from cytossl_monai.utils.shard import ALL, Shard, choose_shard
 
 __all__ = ["EmptySlideError", "IndexSettings", "SlideIndexer", "index_slide", "index_slides", "index_to_file"]
 
@@ -102,7 +106,7 @@ def index_slide(
         SlideError: when the slide cannot be read or its resolution is not known.
     """
     settings = settings or IndexSettings()
-    with open_slide(record.path, mpp=record.mpp, device=device) as slide:
+    with open_slide(record.path, mpp=record.mpp, device=device, local=record.local) as slide:
         return _index(record, slide, settings, num_threads)
 
 
@@ -187,6 +191,8 @@ def index_slides(
     device: str = "cpu",
     overview: bool = True,
     progress: bool = True,
+    shard: Shard = ALL,
+    cache: SlideCache | None = None,
 ) -> RunReport:
     """Index many slides; what is there already, made from the same slide with the same settings, stays.
 
@@ -202,6 +208,8 @@ def index_slides(
         device: where to decode and to find nuclei, ``cpu`` or ``cuda``.
         overview: draw the pictures.
         progress: show a progress bar.
+        shard: which of the slides to do; the report is then ``report.<i>-of-<n>.csv``.
+        cache: copies slides ahead to a faster disk.
 
     Returns:
         the report, written as well.
@@ -210,7 +218,8 @@ def index_slides(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     workers = default_workers() if num_workers is None else num_workers
-    report = RunReport("index", folder / "report.csv")
+    records = shard.select(records, lambda record: record.slide_id)
+    report = RunReport("index", shard.claim(folder / "report.csv"))
     alone = len(records) == 1 or workers <= 1
     work = partial(
         index_to_file,
@@ -219,11 +228,26 @@ def index_slides(
         num_threads=max(1, workers) if alone else 1,
         device=device,
         overview=overview,
+        cache=cache,
     )
-    outcomes = {
-        outcome.item.slide_id: outcome
-        for outcome in run_parallel(work, list(records), min(workers, 1) if alone else workers, "index", progress)
-    }
+
+    def needed(record: SlideRecord) -> bool:
+        return not _is_done(record, folder, settings, overview)
+
+    outcomes: dict[str, Outcome[SlideRecord, tuple[Literal["done", "current"], str, float]]] = {}
+    pending = list(records)
+    with cache or contextlib.nullcontext():
+        if cache is not None:
+            cache.start(records, needed)
+        for wait in (False, True):  # slides that another run is at come last
+            workers_now = min(workers, 1) if alone else workers
+            for outcome in run_parallel(partial(work, wait=wait), pending, workers_now, "index", progress):
+                outcomes[outcome.item.slide_id] = outcome
+                if cache is not None:
+                    cache.release(outcome.item)  # a worker that was killed could not
+            pending = [r for r in pending if isinstance(outcomes[r.slide_id].error, LockedError)]
+            if not pending:
+                break
     for record in records:
         outcome = outcomes[record.slide_id]
         if isinstance(outcome.error, EmptySlideError):
@@ -237,7 +261,14 @@ def index_slides(
 
 
 def index_to_file(
-    record: SlideRecord, folder: Path, settings: IndexSettings, num_threads: int, device: str, overview: bool
+    record: SlideRecord,
+    folder: Path,
+    settings: IndexSettings,
+    num_threads: int,
+    device: str,
+    overview: bool,
+    cache: SlideCache | None = None,
+    wait: bool = True,
 ) -> tuple[Literal["done", "current"], str, float]:
     """Index one slide to ``<slide_id>.parquet`` in ``folder``, unless what is there is current.
 
@@ -248,29 +279,38 @@ def index_to_file(
         num_threads: threads within the slide.
         device: where to decode and to find nuclei.
         overview: draw ``<slide_id>_overview.png``.
+        cache: where a copy of the slide may be.
+        wait: wait for another run that is at this slide.
 
     Returns:
         ``done`` or ``current``, what was found, and the seconds it took.
 
     Raises:
         EmptySlideError: when no tile is worth keeping; no index is written then.
+        LockedError: when another run is at this slide and ``wait`` is False.
         SlideError: when the slide cannot be read.
     """
     start = time.perf_counter()
     path = folder / f"{record.slide_id}.parquet"
-    picture = folder / f"{record.slide_id}_overview.png"
-    if _is_current(path, record, settings) and (picture.is_file() or not overview):
-        return "current", f"{TileIndex.read_meta(path)['n_tiles']} tiles", time.perf_counter() - start
-    with open_slide(record.path, mpp=record.mpp, device=device) as slide:
-        index = _index(record, slide, settings, num_threads)
-        if overview:
-            draw_overview(picture, slide, index)
-    if not len(index):
-        path.unlink(missing_ok=True)  # of another slide or other settings: it would be taken for this one's
-        raise EmptySlideError(_why_empty(record, index))
-    index.write(path)
+    with item_lock(folder, f"{record.slide_id}.index", "indexing", wait):
+        if _is_done(record, folder, settings, overview):
+            return "current", f"{TileIndex.read_meta(path)['n_tiles']} tiles", time.perf_counter() - start
+        near = record if cache is None else cache.get(record)
+        with open_slide(record.path, mpp=record.mpp, device=device, local=near.local) as slide:
+            index = _index(record, slide, settings, num_threads)
+            if overview:
+                draw_overview(folder / f"{record.slide_id}_overview.png", slide, index)
+        if not len(index):
+            path.unlink(missing_ok=True)  # of another slide or other settings: it would be taken for this one's
+            raise EmptySlideError(_why_empty(record, index))
+        index.write(path)
     message = f"{len(index)} tiles, {index.meta['nuclei']} nuclei"
     return "done", message, time.perf_counter() - start
+
+
+def _is_done(record: SlideRecord, folder: Path, settings: IndexSettings, overview: bool) -> bool:
+    picture = folder / f"{record.slide_id}_overview.png"
+    return _is_current(folder / f"{record.slide_id}.parquet", record, settings) and (picture.is_file() or not overview)
 
 
 def _is_current(path: Path, record: SlideRecord, settings: IndexSettings) -> bool:
@@ -311,6 +351,8 @@ class SlideIndexer:
         device: as for ``index_slides``.
         overview: as for ``index_slides``.
         progress: as for ``index_slides``.
+        shard: ``"i/n"``; None looks for an array job, see `choose_shard`.
+        cache: as for ``index_slides``.
     """
 
     def __init__(
@@ -322,6 +364,8 @@ class SlideIndexer:
         device: str = "cpu",
         overview: bool = True,
         progress: bool = True,
+        shard: str | None = None,
+        cache: SlideCache | None = None,
     ) -> None:
         chosen = dict(settings or {})
         if isinstance(chosen.get("ink"), dict):
@@ -329,6 +373,7 @@ class SlideIndexer:
         self.settings = IndexSettings(**chosen)
         self.slides, self.output_dir = Path(slides), Path(output_dir)
         self.num_workers, self.device, self.overview, self.progress = num_workers, device, overview, progress
+        self.shard, self.cache = choose_shard(shard), cache
 
     def run(self) -> RunReport:
         """Index the slides and print the summary.
@@ -338,7 +383,15 @@ class SlideIndexer:
         """
         records = read_slide_table(self.slides)
         report = index_slides(
-            records, self.output_dir, self.settings, self.num_workers, self.device, self.overview, self.progress
+            records,
+            self.output_dir,
+            self.settings,
+            self.num_workers,
+            self.device,
+            self.overview,
+            self.progress,
+            self.shard,
+            self.cache,
         )
         print(report.summary(), flush=True)
         return report

@@ -5,6 +5,7 @@ from .embed import FeatureEmbedder as FeatureEmbedder, embed_slides as embed_sli
 from .encoder import bundle_encoder as bundle_encoder
 from .evaluator import SlideEvaluator as SlideEvaluator
 from .evidence import SlideEvidence as SlideEvidence
+from .merge import ShardMerger as ShardMerger, merge_shards as merge_shards
 from .slides import IndexSlided as IndexSlided, slide_items as slide_items, slide_records as slide_records
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CellBrowser",
     "FeatureEmbedder",
     "IndexSlided",
+    "ShardMerger",
     "SlideClassifier",
     "SlideEvaluator",
     "SlideEvidence",
@@ -20,6 +22,7 @@ __all__ = [
     "cell_fields",
     "embed_slides",
     "embed_tiles",
+    "merge_shards",
     "slide_items",
     "slide_records",
 ]

@@ -21,17 +21,20 @@ from tqdm import tqdm
 
 from cytossl_monai.data.bags.features import read_feature_attrs, write_features
 from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
+from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference.ahead import read_ahead
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_other_features, warn_of_tile_size
+from cytossl_monai.inference.turns import in_turn
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.open import open_encoder
 from cytossl_monai.utils.errors import FeatureError, TableError
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers
 from cytossl_monai.utils.report import RunReport
+from cytossl_monai.utils.shard import ALL, Shard, choose_shard
 
 __all__ = [
     "EmbedTimes",
@@ -221,7 +224,7 @@ def embed_to_file(
         SlideError: when the slide cannot be read.
     """
     decode_on = "cuda" if torch.device(device).type == "cuda" else "cpu"
-    with open_slide(record.path, mpp=record.mpp, device=decode_on) as slide:
+    with open_slide(record.path, mpp=record.mpp, device=decode_on, local=record.local) as slide:
         features = embed_tiles(
             slide, index, encoder, batch_size, device, amp, num_threads, inferer, times, progress=progress
         )
@@ -246,6 +249,8 @@ def embed_slides(
     progress: bool = True,
     channels_last: bool = False,
     compile: bool = False,
+    shard: Shard = ALL,
+    cache: SlideCache | None = None,
 ) -> RunReport:
     """Embed many slides; a feature file made from the same slide, index and encoder stays.
 
@@ -266,20 +271,30 @@ def embed_slides(
         progress: show progress bars.
         channels_last: see `prepare_encoder`.
         compile: see `prepare_encoder`.
+        shard: which of the slides to do; the report is then ``report.<i>-of-<n>.csv``.
+        cache: copies slides ahead to a faster disk.
 
     Returns:
         the report, written as well.
     """
     folder, index_folder = Path(output_dir), Path(index_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    report = RunReport("embed", folder / "report.csv")
+    records = shard.select(records, lambda record: record.slide_id)
+    report = RunReport("embed", shard.claim(folder / "report.csv"))
     num_threads = default_workers() if num_threads is None else num_threads
     encoder_id = encoder_hash(encoder)
     encoder = prepare_encoder(encoder, device, channels_last, compile)
     warn_of_other_features(folder, encoder_id, encoder_name)
     warned = False
+
+    def needed(record: SlideRecord) -> bool:
+        path = folder / f"{record.slide_id}.h5"
+        return not is_current(path, record.path, _index_of(record, index_folder), encoder_id, dtype)
+
+    turns = in_turn(records, folder, "embedding", cache, needed)
+    quiet = not progress or len(records) < 2
     try:
-        for record in tqdm(records, desc="embed", unit="slide", disable=not progress or len(records) < 2):
+        for record in tqdm(turns, desc="embed", unit="slide", total=len(records), disable=quiet):
             with report.item(record.slide_id) as line:
                 path = folder / f"{record.slide_id}.h5"
                 index = _index_of(record, index_folder)
@@ -320,6 +335,7 @@ class FeatureEmbedder:
         encoder: any encoder that `open_encoder` opens.
         inferer: MONAI inferer that calls the encoder.
         weights: the weights' file or folder, where ``encoder`` is a card.
+        shard: ``"i/n"``; None looks for an array job, see `choose_shard`.
         kwargs: as for `embed_slides`.
     """
 
@@ -331,10 +347,12 @@ class FeatureEmbedder:
         encoder: str | os.PathLike[str],
         inferer: Inferer | None = None,
         weights: str | os.PathLike[str] | None = None,
+        shard: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.slides, self.index_dir, self.output_dir = Path(slides), Path(index_dir), Path(output_dir)
         self.encoder, self.weights, self.inferer, self.options = encoder, weights, inferer, kwargs
+        self.shard = choose_shard(shard)
 
     def run(self) -> RunReport:
         """Embed the slides and print the summary.
@@ -347,7 +365,14 @@ class FeatureEmbedder:
         encoder, meta = open_encoder(self.encoder, self.weights, self.options.get("device", "cpu"))
         name = str(meta["name"])
         report = embed_slides(
-            records, self.index_dir, self.output_dir, encoder, name, inferer=self.inferer, **self.options
+            records,
+            self.index_dir,
+            self.output_dir,
+            encoder,
+            name,
+            inferer=self.inferer,
+            shard=self.shard,
+            **self.options,
         )
         print(report.summary(), flush=True)
         return report

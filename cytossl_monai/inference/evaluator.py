@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,15 @@ from monai.engines import Evaluator
 from monai.inferers import Inferer, SimpleInferer
 
 from cytossl_monai.data.bags.features import read_features
+from cytossl_monai.data.slide_table import SlideRecord
+from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.inference.ahead import AheadLoader
 from cytossl_monai.inference.embed import EmbedTimes, embed_to_file, is_current
 from cytossl_monai.inference.encoder import require_trained_encoder
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_tile_size
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.utils.errors import failure
+from cytossl_monai.utils.locks import item_lock
 from cytossl_monai.utils.parallel import default_workers
 from cytossl_monai.utils.report import RunReport
 
@@ -54,6 +58,7 @@ class SlideEvaluator(Evaluator):
         progress: show progress bars.
         channels_last: see `prepare_encoder`.
         compile: see `prepare_encoder`.
+        cache: copies slides ahead to a faster disk; give `IndexSlided` the same one.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class SlideEvaluator(Evaluator):
         progress: bool = True,
         channels_last: bool = False,
         compile: bool = False,
+        cache: SlideCache | None = None,
     ) -> None:
         super().__init__(
             device=torch.device(device), val_data_loader=val_data_loader, val_handlers=val_handlers, decollate=False
@@ -82,6 +88,7 @@ class SlideEvaluator(Evaluator):
         self.features_dir, self.report = Path(features_dir), report
         self.batch_size, self.use_amp, self.dtype = batch_size, amp, dtype
         self.num_threads = default_workers() if num_threads is None else num_threads
+        self.cache, self.items = cache, getattr(val_data_loader.dataset, "data", [])
         self.encoder_name, self.progress, self.switches = encoder_name, progress, (channels_last, compile)
         # The epoch ends before the run does: handlers of COMPLETED find every file written.
         self.add_event_handler(Events.EPOCH_COMPLETED, self._wait)
@@ -102,8 +109,16 @@ class SlideEvaluator(Evaluator):
         if prepare is not None:
             prepare(self.network, self._hash)
         self.features_dir.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(1, "evidence-writer") as self._writer:
+        with self.cache or nullcontext(), ThreadPoolExecutor(1, "evidence-writer") as self._writer:
+            if self.cache is not None:
+                self.cache.start([item["record"] for item in self.items], self._is_new)
             super().run(global_epoch)
+
+    def _is_new(self, record: SlideRecord) -> bool:
+        """Whether nothing is known of a slide yet; of others only a part is read again, if anything."""
+        folder = getattr(self.postprocess, "output_dir", None)
+        known = self.features_dir / f"{record.slide_id}.h5" if folder is None else folder / record.slide_id
+        return not known.exists()
 
     def _wait(self) -> None:
         while self._pending:
@@ -112,6 +127,11 @@ class SlideEvaluator(Evaluator):
 
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> dict[str, Any]:
         item, start = dict(batchdata), time.perf_counter()
+        # Until the slide is written, no other run on the same folder works on it.
+        item["held"] = held = ExitStack()
+        held.enter_context(item_lock(self.features_dir, item["slide_id"], "inference"))
+        if self.cache is not None:
+            held.callback(self.cache.release, item["record"])
         try:
             told = self._embed(item)
         except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
@@ -120,6 +140,7 @@ class SlideEvaluator(Evaluator):
         seconds = item.get("index_seconds", 0.0) + time.perf_counter() - start
         if told is not None:
             self.report.add(item["slide_id"], "current", told, seconds)
+            held.close()
             return item
         # At most one slide waits to be written: what is held in memory stays bounded.
         while len(self._pending) > 1:
@@ -173,5 +194,6 @@ class SlideEvaluator(Evaluator):
                 message = str(self.postprocess(item).get("message", ""))
         except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
             item["problem"] = ("failed", failure(error))
+        item.pop("held").close()
         status, why = item.get("problem", ("done", message))
         self.report.add(item["slide_id"], status, why, seconds + time.perf_counter() - start)

@@ -191,7 +191,7 @@ class SlideEvidence(Transform):
         item["prediction"] = prediction
         order = np.argsort(-prediction.evidence, kind="stable")
         top = order[: self.top_tiles]
-        with open_slide(record.path, mpp=record.mpp) as slide:
+        with open_slide(record.path, mpp=record.mpp, local=record.local) as slide:
             size = int(index.table["size"].iloc[0])
             heat = tile_map(index.coords, prediction.shown, size, slide.width, slide.height, slide.mpp)
             told = {**self._facts(item, slide, index), **self._answer(prediction)}
@@ -252,7 +252,7 @@ class SlideEvidence(Transform):
         record = item["record"]
         for name in EVIDENCE.values():
             (folder / name).unlink(missing_ok=True)
-        with open_slide(record.path, mpp=record.mpp) as slide:
+        with open_slide(record.path, mpp=record.mpp, local=record.local) as slide:
             told = {
                 **self._facts(item, slide, None),
                 "status": "no_cells",

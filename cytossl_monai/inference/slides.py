@@ -15,12 +15,14 @@ import torch
 from monai.transforms import Transform
 
 from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
+from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.index.build import EmptySlideError, IndexSettings, index_to_file
 from cytossl_monai.index.low_power import InkRules
 from cytossl_monai.utils.errors import TableError, failure
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.shard import ALL, Shard
 
 __all__ = ["SUFFIXES", "IndexSlided", "slide_items", "slide_records"]
 
@@ -79,11 +81,12 @@ def slide_items(
     slides: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     mpp: float | None = None,
+    shard: Shard = ALL,
 ) -> list[dict[str, Any]]:
-    """``slide_records`` as MONAI items: ``slide_id``, ``image`` (path as text), ``record``."""
+    """``slide_records`` as MONAI items: ``slide_id``, ``image`` (path as text), ``record``; those of ``shard`` only."""
     return [
         {"slide_id": record.slide_id, "image": str(record.path), "record": record}
-        for record in slide_records(slide, slides, folder, mpp)
+        for record in shard.select(slide_records(slide, slides, folder, mpp), lambda record: record.slide_id)
     ]
 
 
@@ -102,6 +105,7 @@ class IndexSlided(Transform):
             and resolution, whatever thresholds it was made with, and makes a missing one with the defaults.
         num_threads: threads within the slide; None takes one for each CPU core.
         device: where to decode and to find nuclei.
+        cache: gives copies of slides on a faster disk; who starts it is `SlideEvaluator`.
         isolate: False indexes in this process, for callers that must not start others (a MONAI Deploy application).
     """
 
@@ -114,6 +118,7 @@ class IndexSlided(Transform):
         num_threads: int | None = None,
         device: str | torch.device = "cpu",
         isolate: bool = True,
+        cache: SlideCache | None = None,
     ) -> None:
         chosen = dict(settings or {})
         if isinstance(chosen.get("ink"), Mapping):
@@ -126,7 +131,7 @@ class IndexSlided(Transform):
             ) from error
         self.index_dir, self.any_thresholds = Path(index_dir), settings is None
         self.num_threads, self.device = num_threads, str(torch.device(device).type)
-        self.isolate = isolate
+        self.isolate, self.cache = isolate, cache
         self._calls = 0
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +143,8 @@ class IndexSlided(Transform):
         Returns:
             the item with ``index`` or ``problem``.
         """
-        item, record, start = dict(data), data["record"], time.perf_counter()
+        item, start = dict(data), time.perf_counter()
+        record = item["record"] = data["record"] if self.cache is None else self.cache.get(data["record"])
         path = self.index_dir / f"{record.slide_id}.parquet"
         try:
             item["index"] = self._present(path, record) or self._made(path, record)

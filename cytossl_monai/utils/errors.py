@@ -16,6 +16,7 @@ __all__ = [
     "OutputError",
     "Preempted",
     "RunError",
+    "ShardError",
     "SlideError",
     "TableError",
     "TrainingDiverged",
@@ -53,6 +54,10 @@ class OutputError(InputError):
 
 class RunError(RuntimeError):
     """A part of a run failed. The message says which and why, and that the rest is kept."""
+
+
+class ShardError(InputError):
+    """A shard does not exist, or shards of different numbers meet in one folder, or some are missing."""
 
 
 class WorkerDiedError(RuntimeError):

@@ -19,7 +19,7 @@ from types import TracebackType
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import process_born
 
-__all__ = ["LOCK_NAME", "FileLock", "LockOwner", "LockedError", "folder_lock", "read_owner"]
+__all__ = ["LOCK_NAME", "FileLock", "LockOwner", "LockedError", "folder_lock", "item_lock", "read_owner"]
 
 logger = logging.getLogger(__name__)
 
@@ -236,3 +236,30 @@ def folder_lock(folder: str | os.PathLike[str], doing: str, stale_after: float =
     """
     with FileLock(Path(folder) / LOCK_NAME, doing, stale_after) as lock:
         yield lock
+
+
+@contextlib.contextmanager
+def item_lock(
+    folder: str | os.PathLike[str], item: str, doing: str, wait: bool = True, poll: float = 0.5
+) -> Iterator[FileLock]:
+    """Hold one item of a folder, a slide as a rule: two runs that share the folder never do it at the same time.
+
+    Args:
+        folder: where the item's files are written; the lock lies in ``.locks`` there.
+        item: its name, usable as a file name.
+        doing: what is done, for example ``"indexing"``.
+        wait: wait for another holder to finish; False raises at once, so that the caller can come back later.
+        poll: seconds between two looks.
+
+    Raises:
+        LockedError: when another live process holds it and ``wait`` is False.
+    """
+    lock = FileLock(Path(folder) / ".locks" / item, doing)
+    if wait:
+        while not lock.acquire():
+            time.sleep(poll)
+    try:
+        with contextlib.nullcontext(lock) if wait else lock:
+            yield lock
+    finally:
+        lock.release()

@@ -14,7 +14,7 @@ from PIL import Image
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.pool import SlidePool
 from cytossl_monai.data.slides.readers.base import level_downsamples
-from cytossl_monai.data.slides.resample import axis_weights
+from cytossl_monai.data.slides.resample import axis_weights, resample, window_size
 from cytossl_monai.data.slides.slide import Slide, glass_colour
 from cytossl_monai.utils.errors import SlideError
 
@@ -351,3 +351,34 @@ def test_a_deep_frame_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(SlideError, match="8-bit RGB"):
         open_slide(tmp_path / "deep.png", mpp=0.25)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_a_backend_are_its_regions_in_order(slide_file: Path, image: np.ndarray, backend: str) -> None:
+    """What is converted piece by piece is what one call returns, and what the image holds; outside is painted over."""
+    corners = np.array([(3, 5), (64, 90), (10, 200), (120, 7)], np.int64)
+    with open_slide(slide_file, backend=backend) as slide:
+        handle, fill = slide._open_handle(), np.full(3, 255, np.uint8)
+        for workers in (0, 2):
+            blocks = [block.copy() for block in handle.read_blocks(0, corners, (32, 24), fill, workers)]
+            assert np.array_equal(np.concatenate(blocks), handle.read(0, corners, (32, 24), fill, workers))
+        together = slide.read_regions([*corners.tolist(), (-20, -20)], (32, 24))
+        for region, (x, y) in zip(together, corners):
+            assert np.array_equal(region, slide.read_region(int(x), int(y), (32, 24)))
+        assert (together[-1][:, :20, :20] == slide.glass[:, None, None]).all()
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.46, 3.0])
+def test_resampling_is_the_product_with_the_weights_of_both_axes(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    width, height, starts = 20, 13, np.array([(4.25, 7.5), (0.0, 3.75)])
+    shape = (2, window_size(height, scale), window_size(width, scale), 3)
+    windows = rng.integers(0, 256, shape).astype(np.uint8)
+    out = np.empty((2, 3, height, width), np.uint8)
+    assert resample(windows, starts, (width, height), scale, out) is out
+    for window, (x, y), result in zip(windows, starts - np.floor(starts) + 2, out):
+        rows = axis_weights(height, scale, y, shape[1]).toarray().astype(np.float64)
+        columns = axis_weights(width, scale, x, shape[2]).toarray().astype(np.float64)
+        expected = np.clip(np.rint(np.einsum("jh,hwc,iw->cji", rows, window.astype(np.float64), columns)), 0, 255)
+        assert np.abs(result.astype(int) - expected).max() <= 1
+        assert np.mean(result == expected) > 0.97  # float32 against float64: exact halves may fall either way

@@ -29,6 +29,7 @@ def open_slide(
     backend: Literal["auto", "cucim", "openslide", "tifffile", "frame"] = "auto",
     mpp: float | None = None,
     device: str = "cpu",
+    local: str | os.PathLike[str] | None = None,
 ) -> Slide:
     """Open a slide with the first library that can really decode it.
 
@@ -40,6 +41,7 @@ def open_slide(
         backend: a name, to insist on one library.
         mpp: micrometres per pixel of level 0; overrides what the file states.
         device: ``"cuda"`` decodes on the GPU (cuCIM with cupy and nvimgcodec) and returns tensors there.
+        local: a copy of the slide to read from (`SlideCache`); messages and files name ``path`` all the same.
 
     Returns:
         the open slide.
@@ -60,10 +62,11 @@ def open_slide(
         raise SlideError(f"{path} does not exist; correct its path in the slide table.")
     if path.is_file() and path.stat().st_size == 0:
         raise SlideError(f"{path} is empty (0 bytes); copy it again from the scanner.")
-    handle = _open_backend(path, backend)
+    source_file = path if local is None else Path(local)
+    handle = _open_backend(source_file, backend)
     try:
         value, source = (float(mpp), "argument") if mpp is not None else (_file_mpp(path, handle), "file")
-        return Slide(path, handle, value, source, device)
+        return Slide(path, handle, value, source, device, source_file)
     except BaseException:
         handle.close()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,23 @@ def window_corners(starts: np.ndarray) -> np.ndarray:
     return np.floor(starts).astype(np.int64) - _PAD
 
 
-def resample(windows: np.ndarray, starts: np.ndarray, size: tuple[int, int], scale: float) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _rows_matrix(size: int, scale: float, offset: float, window: int) -> sparse.csr_array:
+    """`axis_weights`, kept: a grid of tiles has few offsets, and to make the weights costs as much as to use them."""
+    return axis_weights(size, scale, offset, window)
+
+
+@lru_cache(maxsize=64)
+def _columns_matrix(size: int, scale: float, offset: float, window: int) -> sparse.csr_array:
+    """Weights along x for interleaved RGB: row ``c * size + j`` takes channel c, so planes come out of the product."""
+    one = axis_weights(size, scale, offset, window)
+    planes = [sparse.csr_array((one.data, one.indices * 3 + c, one.indptr), shape=(size, 3 * window)) for c in range(3)]
+    return sparse.csr_array(sparse.vstack(planes, format="csr"))
+
+
+def resample(
+    windows: np.ndarray, starts: np.ndarray, size: tuple[int, int], scale: float, out: np.ndarray | None = None
+) -> np.ndarray:
     """Resample windows to regions.
 
     Args:
@@ -73,27 +90,25 @@ def resample(windows: np.ndarray, starts: np.ndarray, size: tuple[int, int], sca
         starts: (N, 2) float, (x, y) of the regions' corners in source pixels.
         size: (width, height) of the regions.
         scale: source pixels per output pixel.
+        out: where to write to; None makes a new array.
 
     Returns:
-        (N, 3, height, width) uint8.
+        (N, 3, height, width) uint8, ``out`` where it was given.
     """
     width, height = size
     count, source_h, source_w, _ = windows.shape
-    out = np.empty((count, 3, height, width), np.uint8)
-    cache: dict[tuple[int, int, float], sparse.csr_array] = {}
-
-    def weights(length: int, window: int, offset: float) -> sparse.csr_array:
-        key = (length, window, round(float(offset), 6))
-        if key not in cache:
-            cache[key] = axis_weights(length, scale, key[2], window)
-        return cache[key]
-
+    if out is None:
+        out = np.empty((count, 3, height, width), np.uint8)
+    pixels = np.empty((source_h, 3 * source_w), np.float32)
     for i, (dx, dy) in enumerate(_offsets(starts)):
-        rows = weights(height, source_h, dy) @ windows[i].reshape(source_h, -1).astype(np.float32)
-        turned = np.ascontiguousarray(rows.reshape(height, source_w, 3).transpose(1, 2, 0)).reshape(source_w, -1)
-        done = weights(width, source_w, dx) @ turned
-        np.clip(np.rint(done, out=done), 0, 255, out=done)
-        out[i] = done.reshape(width, 3, height).transpose(1, 2, 0)
+        np.copyto(pixels, windows[i].reshape(source_h, -1))
+        rows = _rows_matrix(height, scale, round(float(dy), 6), source_h) @ pixels
+        done = _columns_matrix(width, scale, round(float(dx), 6), source_w) @ np.ascontiguousarray(rows.T)
+        np.rint(done, out=done)
+        if scale < 1:
+            np.clip(done, 0, 255, out=done)  # the cubic overshoots; an average never does
+        # Planes are turned as bytes, which are four times fewer than floats.
+        out[i] = done.astype(np.uint8).reshape(3, width, height).transpose(0, 2, 1)
     return out
 
 

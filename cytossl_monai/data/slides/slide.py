@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,8 +56,17 @@ class Slide:
         device: where `read_region` and `read_regions` leave the pixels.
     """
 
-    def __init__(self, path: Path, handle: Backend, mpp: float, mpp_source: str, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        path: Path,
+        handle: Backend,
+        mpp: float,
+        mpp_source: str,
+        device: str = "cpu",
+        file: Path | None = None,
+    ) -> None:
         self.path = path
+        self._file = path if file is None else file
         self.backend = handle.name
         self.mpp = mpp
         self.mpp_source = mpp_source
@@ -120,7 +129,7 @@ class Slide:
             self._handle = None
         if self._handle is None:
             try:
-                self._handle = BACKENDS[self.backend](self.path)
+                self._handle = BACKENDS[self.backend](self._file)
             except (BackendError, OSError) as error:
                 raise SlideError(f"{self.path} could be read before and cannot be opened now: {error}.") from error
             self._pid = os.getpid()
@@ -228,21 +237,31 @@ class Slide:
         if area > _MAX_SOURCE_PIXELS and max(size) > 1:
             return self._read_in_parts(level, starts, size, scale, num_workers)
         group = max(1, _MAX_SOURCE_PIXELS // area)
-        if len(starts) > group:
-            parts = [
-                self._read(level, starts[i : i + group], size, scale, num_workers) for i in range(0, len(starts), group)
-            ]
-            return _concatenate(parts, 0)
-        if len(starts) == 0:
-            return self._finish(np.empty((0, 3, height, width), np.uint8))
         # At the level's own resolution a half-pixel shift is better than the blur of interpolating it away.
         corners = np.rint(starts).astype(np.int64) if exact else window_corners(starts)
-        windows = self._read_windows(level, corners, source, num_workers)
-        if isinstance(windows, np.ndarray):
+        parts = [slice(i, i + group) for i in range(0, len(starts), group)]
+        if self.device != "cpu":
+            tensors = []
+            for part in parts:
+                windows = self._read_cuda(level, corners[part], source, num_workers)
+                if windows is None:
+                    break
+                turned = windows.permute(0, 3, 1, 2).contiguous() if exact else None
+                tensors.append(resample_cuda(windows, starts[part], size, scale) if turned is None else turned)
+            else:
+                if tensors:
+                    return _concatenate(tensors, 0)
+        images = np.empty((len(starts), 3, height, width), np.uint8)
+
+        def convert(block: np.ndarray, places: slice) -> None:
             if exact:
-                return self._finish(np.ascontiguousarray(windows.transpose(0, 3, 1, 2)))
-            return self._finish(resample(windows, starts, size, scale))
-        return windows.permute(0, 3, 1, 2).contiguous() if exact else resample_cuda(windows, starts, size, scale)
+                images[places] = block.transpose(0, 3, 1, 2)
+            else:
+                resample(block, starts[places], size, scale, images[places])
+
+        for part in parts:
+            self._read_blocks(level, corners[part], source, num_workers, part.start, convert)
+        return self._finish(images)
 
     def _read_in_parts(
         self, level: int, starts: np.ndarray, size: tuple[int, int], scale: float, num_workers: int
@@ -260,30 +279,67 @@ class Slide:
         ]
         return _concatenate(parts, 3 - axis)
 
-    def _read_windows(self, level: int, corners: np.ndarray, size: tuple[int, int], num_workers: int) -> Any:
-        """Windows of one level (N, h, w, 3), everything outside of the slide in glass colour."""
-        width, height = self.level_dimensions[level]
-        outside = (corners < 0).any(1) | (corners[:, 0] + size[0] > width) | (corners[:, 1] + size[1] > height)
-        fill = self._glass if self._glass is not None else (self.glass if outside.any() else _WHITE)
+    def _read_blocks(
+        self,
+        level: int,
+        corners: np.ndarray,
+        size: tuple[int, int],
+        num_workers: int,
+        start: int,
+        convert: Callable[[np.ndarray, slice], None],
+    ) -> None:
+        """Call ``convert`` on windows of one level (k, h, w, 3), everything outside of the slide in glass colour.
+
+        ``convert`` also gets where they belong, counted from ``start``. It copies: a block's memory is used again for
+        the next one, while the processor still has it in its cache.
+        """
+        outside = self._outside(level, corners, size)
+        fill = self._fill(outside)
         with self._lock:
-            handle = self._open_handle()
-            windows = None
-            if self.device != "cpu":
-                windows = handle.read_cuda(level, corners, size, num_workers)
-            if windows is None:
-                windows = handle.read(level, corners, size, fill, num_workers)
-        colour: Any = fill
-        if not isinstance(windows, np.ndarray):
+            blocks = self._open_handle().read_blocks(level, corners, size, fill, num_workers)
+        any_outside, done = bool(outside.any()), 0
+        while done < len(corners):
+            with self._lock:  # only to decode: what becomes of a block needs no lock
+                block = next(blocks)
+            part = slice(done, done + len(block))
+            if any_outside and outside[part].any():
+                block = block if block.flags.writeable and block.flags.owndata else block.copy()
+                self._paint_outside(block, level, corners[part], outside[part], fill)
+            convert(block, slice(start + part.start, start + part.stop))
+            done = part.stop
+            del block
+
+    def _read_cuda(self, level: int, corners: np.ndarray, size: tuple[int, int], num_workers: int) -> Any:
+        """The same as one CUDA tensor; None where the backend does not decode there."""
+        outside = self._outside(level, corners, size)
+        fill = self._fill(outside)
+        with self._lock:
+            windows = self._open_handle().read_cuda(level, corners, size, num_workers)
+        if windows is not None:
             import torch
 
             colour = torch.from_numpy(np.array(fill)).to(windows.device)
+            self._paint_outside(windows, level, corners, outside, colour)
+        return windows
+
+    def _outside(self, level: int, corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        width, height = self.level_dimensions[level]
+        outside: np.ndarray = (
+            (corners < 0).any(1) | (corners[:, 0] + size[0] > width) | (corners[:, 1] + size[1] > height)
+        )
+        return outside
+
+    def _fill(self, outside: np.ndarray) -> np.ndarray:
+        return self._glass if self._glass is not None else (self.glass if outside.any() else _WHITE)
+
+    def _paint_outside(self, windows: Any, level: int, corners: np.ndarray, outside: np.ndarray, colour: Any) -> None:
+        width, height = self.level_dimensions[level]
         for i in np.flatnonzero(outside):
             x, y = (int(v) for v in corners[i])
             windows[i, : max(0, -y)] = colour
             windows[i, max(0, height - y) :] = colour
             windows[i, :, : max(0, -x)] = colour
             windows[i, :, max(0, width - x) :] = colour
-        return windows
 
     def _finish(self, images: np.ndarray) -> Any:
         if self.device == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,6 +77,19 @@ class Backend(ABC):
         Raises:
             BackendError: when the pixels cannot be decoded.
         """
+
+    def read_blocks(
+        self, level: int, locations: np.ndarray, size: tuple[int, int], fill: np.ndarray, num_workers: int = 0
+    ) -> Iterator[np.ndarray]:
+        """What `read` returns, in pieces and in order: a caller that converts each while it is warm copies less.
+
+        Yields:
+            (k, height, width, 3) uint8, whose memory may be read-only and is valid until the next piece.
+
+        Raises:
+            BackendError: when the pixels cannot be decoded.
+        """
+        yield self.read(level, locations, size, fill, num_workers)
 
     def read_cuda(self, level: int, locations: np.ndarray, size: tuple[int, int], num_workers: int = 0) -> Any:
         """The same decoded on the GPU: (N, height, width, 3) uint8 CUDA tensor, or None where not supported."""

@@ -34,7 +34,7 @@ mkdir -p "$out"
 cd "$out"
 
 # Tiles of 56 um: a cell or two each, so that what a tile is scored for is what its picture shows.
-tile=112
+tile=112 mpp=0.5
 left_out=0
 # A step that left some slides out (status 3) does not stop the others.
 step() {
@@ -56,7 +56,7 @@ if [ -z "$slides" ]; then
   fi
 fi
 step "index: tiles where nuclei are" --config_file "$pretrain/index.json" --slides "$slides" --output_dir "$out/index" \
-  --tile_size $tile
+  --tile_size $tile --mpp $mpp
 step "pretrain: the encoder, without labels" \
   --config_file "['$pretrain/train.json','$root/configs/scale/demo.yaml']" \
   --index_dir "$out/index" --output_dir "$out/pretrain" --tile_size 224 ${CYTOSSL_STEPS:+--steps "$CYTOSSL_STEPS"}
@@ -67,7 +67,7 @@ step "slide classifier: patient-wise folds" --config_file "$mil/cross_validate.j
   --slides "$slides" --features_dir "$out/features" --output_dir "$out/mil"
 step "inference: predictions with their evidence" --config_file "$inference/inference.json" \
   --slides "${new:-$slides}" --encoder "$encoder" --classifier "$out/mil/model.pt" --output_dir "$out/reports" \
-  --tile_size $tile
+  --tile_size $tile --mpp $mpp
 
 "$venv/bin/python" "$root/scripts/demo_summary.py" "$out"
 exit "$left_out"

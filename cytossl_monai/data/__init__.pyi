@@ -1,3 +1,4 @@
+from .bags.choice import TilesPerSlided as TilesPerSlided, choose_tiles as choose_tiles
 from .bags.dataset import BagDataset as BagDataset, collate_bags as collate_bags
 from .bags.exchange import (
     FeatureExporter as FeatureExporter,
@@ -7,7 +8,7 @@ from .bags.exchange import (
 from .bags.features import read_features as read_features, write_features as write_features
 from .bags.items import bag_encoder as bag_encoder, bag_items as bag_items
 from .bags.sampler import BagBatchSampler as BagBatchSampler
-from .bags.splits import assign_folds as assign_folds, split_items as split_items
+from .bags.splits import assign_folds as assign_folds, hold_out as hold_out, split_items as split_items
 from .bags.transforms import (
     LoadBagd as LoadBagd,
     RandTileDropoutd as RandTileDropoutd,
@@ -50,12 +51,15 @@ __all__ = [
     "TileCache",
     "TileDataset",
     "TileIndex",
+    "TilesPerSlided",
     "assign_folds",
     "bag_encoder",
     "bag_items",
+    "choose_tiles",
     "collate_bags",
     "export_clam",
     "export_trident",
+    "hold_out",
     "list_images",
     "make_slides",
     "open_slide",

@@ -46,6 +46,10 @@ class EncoderExport:
         begun = {key: value for key, value in getattr(encoder, "meta", {}).items() if key in _KEPT}
         if getattr(encoder, "meta", {}).get("name"):
             begun["continued_from"] = encoder.meta["name"]
+        dataset: Any = getattr(engine.data_loader, "dataset", None)
+        tile = getattr(getattr(dataset, "dataset", dataset), "tile", None)  # of a cache the data set behind it
+        if tile is not None:
+            begun |= {"tile_size": tile[0], "mpp": tile[1]}
         meta = {
             **begun,
             **self.meta,

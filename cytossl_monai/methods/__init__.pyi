@@ -5,5 +5,15 @@ from .ibot import IBOT as IBOT
 from .mae import MAE as MAE
 from .moco_v3 import MoCoV3 as MoCoV3
 from .simclr import SimCLR as SimCLR
+from .vpu import VPU as VPU
 
-__all__ = ["BYOL", "DINO", "IBOT", "MAE", "MoCoV3", "SSLMethod", "SimCLR"]
+__all__ = [
+    "BYOL",
+    "DINO",
+    "IBOT",
+    "MAE",
+    "VPU",
+    "MoCoV3",
+    "SSLMethod",
+    "SimCLR",
+]

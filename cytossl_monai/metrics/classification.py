@@ -14,6 +14,7 @@ __all__ = [
     "decisions",
     "f1_score",
     "one_vs_rest",
+    "precision_recall_specificity",
     "quadratic_kappa",
     "roc_curve",
     "sensitivity_at_specificity",
@@ -120,6 +121,41 @@ def _f1(true: np.ndarray, said: np.ndarray) -> float:
     return 2 * both / total if total else 0.0
 
 
+def precision_recall_specificity(
+    labels: np.ndarray, predicted: np.ndarray, n_classes: int
+) -> tuple[float, float, float]:
+    """Precision, recall (sensitivity) and specificity of the decisions.
+
+    Of class 1 when there are two classes, else the mean over classes (each against all others) or findings. A figure
+    that is undefined, for there is nothing to divide by, is left out of the mean, and NaN where all are.
+
+    Args:
+        labels: (n,) classes or (n, C) findings.
+        predicted: as ``labels``.
+        n_classes: number C.
+
+    Returns:
+        three numbers in [0, 1], or NaN.
+    """
+    labels, predicted = np.asarray(labels), np.asarray(predicted)
+    if labels.ndim == 2:
+        questions = [(labels[:, c] == 1, predicted[:, c] == 1) for c in range(labels.shape[1])]
+    else:
+        chosen = [1] if n_classes == 2 else range(n_classes)
+        questions = [(labels == c, predicted == c) for c in chosen]
+    figures = []
+    for true, said in questions:
+        pairs = (
+            ((true & said).sum(), said.sum()),
+            ((true & said).sum(), true.sum()),
+            ((~true & ~said).sum(), (~true).sum()),
+        )
+        figures.append([part / whole if whole else np.nan for part, whole in pairs])
+    columns = np.array(figures).T
+    precision, recall, specificity = (float(np.nanmean(c)) if not np.isnan(c).all() else float("nan") for c in columns)
+    return precision, recall, specificity
+
+
 def quadratic_kappa(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
     """Cohen's kappa with quadratic weights: agreement on ordered grades beyond chance; NaN when it is undefined."""
     observed = confusion_matrix(labels, predicted, n_classes).astype(np.float64)
@@ -172,18 +208,22 @@ def classification_metrics(
         specificity: for the sensitivity.
 
     Returns:
-        ``accuracy, balanced_accuracy, auc, f1, sensitivity_at_95_specificity`` (named by the specificity), for
-        ``ordinal`` also ``quadratic_kappa``. AUC and sensitivity are means over ``one_vs_rest``; NaN where a class is
-        absent.
+        ``accuracy, balanced_accuracy, auc, recall, precision, specificity, f1, sensitivity_at_95_specificity`` (named
+        by the specificity), for ``ordinal`` also ``quadratic_kappa``. AUC and sensitivity are means over
+        ``one_vs_rest``; NaN where a class is absent.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     predicted = decisions(probabilities, target)
     questions = one_vs_rest(labels, probabilities, target)
     count = probabilities.shape[1]
+    precision, recall, true_negatives = precision_recall_specificity(labels, predicted, count)
     result = {
         "accuracy": accuracy(labels, predicted),
         "balanced_accuracy": balanced_accuracy(labels, predicted),
         "auc": float(np.mean([auc(*question) for question in questions])),
+        "recall": recall,
+        "precision": precision,
+        "specificity": true_negatives,
         "f1": f1_score(labels, predicted, count),
         f"sensitivity_at_{round(100 * specificity)}_specificity": float(
             np.mean([sensitivity_at_specificity(*question, specificity=specificity) for question in questions])

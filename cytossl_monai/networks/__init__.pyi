@@ -14,9 +14,12 @@ from .files import (
     save_classifier as save_classifier,
     save_encoder as save_encoder,
 )
+from .lora import add_lora as add_lora, merge_lora as merge_lora
 from .mil.abmil import ABMIL as ABMIL
 from .mil.clam import CLAM as CLAM
 from .mil.classifier import MILClassifier as MILClassifier
+from .mil.cytology.less import LESS as LESS
+from .mil.cytology.svdd import DeepSVDD as DeepSVDD
 from .mil.dsmil import DSMIL as DSMIL
 from .mil.dtfd import DTFDMIL as DTFDMIL
 from .mil.ensemble import MILEnsemble as MILEnsemble
@@ -53,7 +56,9 @@ __all__ = [
     "CLAM",
     "DSMIL",
     "DTFDMIL",
+    "LESS",
     "CallableNetwork",
+    "DeepSVDD",
     "Encoder",
     "EncoderCard",
     "MILClassifier",
@@ -69,6 +74,7 @@ __all__ = [
     "SRTransformer",
     "SmallResNet",
     "TransMIL",
+    "add_lora",
     "build_encoder",
     "bundle_network",
     "card_encoder",
@@ -76,6 +82,7 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "load_vit_weights",
+    "merge_lora",
     "n_outputs",
     "open_encoder",
     "read_card",

@@ -27,6 +27,8 @@ NETWORKS: dict[str, str] = {
     "CLAM": _OWN + "mil.clam",
     "DSMIL": _OWN + "mil.dsmil",
     "DTFDMIL": _OWN + "mil.dtfd",
+    "LESS": _OWN + "mil.cytology.less",
+    "DeepSVDD": _OWN + "mil.cytology.svdd",
     "TransMIL": _OWN + "mil.transmil",
     "MeanMIL": _OWN + "mil.pooling",
     "MaxMIL": _OWN + "mil.pooling",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cytossl_monai.networks.build import build_network, network_config
+from cytossl_monai.networks.lora import has_lora, merge_lora
 from cytossl_monai.networks.mil.base import MILModel
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.targets import n_outputs
@@ -57,7 +58,7 @@ def build_encoder(config: Mapping[str, Any]) -> Encoder:
     network = config["network"]
     if not isinstance(network, nn.Module):
         network = build_network(network, weights=config.get("state_dict"))
-    return Encoder(network, **{name: config[name] for name in ("pool", "mean", "std") if name in config})
+    return Encoder(network, **{name: config[name] for name in ("pool", "mean", "std", "input_size") if name in config})
 
 
 def save_encoder(path: str | os.PathLike[str], encoder: Encoder, meta: Mapping[str, Any] | None = None) -> None:
@@ -71,11 +72,14 @@ def save_encoder(path: str | os.PathLike[str], encoder: Encoder, meta: Mapping[s
     Raises:
         ValueError: for networks that do not keep their constructor arguments in ``.config``.
     """
+    if has_lora(encoder):
+        encoder = merge_lora(encoder)
     content = {
         "format": ENCODER_FORMAT,
         "version": VERSION,
         "network": network_config(encoder.network),
         "pool": encoder.pool,
+        "input_size": encoder.input_size,
         # Not "mean" and "std": monai.bundle.load would take them for the weights of that name.
         "normalisation": {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()},
         "state_dict": {name: value.detach().cpu() for name, value in encoder.state_dict().items()},

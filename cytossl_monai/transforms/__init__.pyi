@@ -13,6 +13,7 @@ from .ncp.dictionary import (
 )
 from .ncp.settings import NCPSettings as NCPSettings
 from .nuclei.array import LoadNuclei as LoadNuclei, SegmentNuclei as SegmentNuclei
+from .nuclei.centres import NucleiCentres as NucleiCentres
 from .nuclei.dictionary import (
     LoadNucleiD as LoadNucleiD,
     LoadNucleid as LoadNucleid,
@@ -69,6 +70,7 @@ __all__ = [
     "NucleiCenteredPerturbD",
     "NucleiCenteredPerturbDict",
     "NucleiCenteredPerturbd",
+    "NucleiCentres",
     "RandCropAtNucleus",
     "RandCropAtNucleusD",
     "RandCropAtNucleusDict",

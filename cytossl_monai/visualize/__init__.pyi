@@ -1,3 +1,9 @@
+from .attention_heads import (
+    class_attention as class_attention,
+    draw_attention_heads as draw_attention_heads,
+    head_masses as head_masses,
+    tissue_parts as tissue_parts,
+)
 from .cells_page import write_cells_page as write_cells_page
 from .cohort_page import write_cohort_page as write_cohort_page
 from .curves_mil import (
@@ -16,13 +22,17 @@ __all__ = [
     "GalleryTile",
     "SlideReport",
     "TileMap",
+    "class_attention",
+    "draw_attention_heads",
     "draw_gallery",
     "draw_overlay",
+    "head_masses",
     "outline_nuclei",
     "plot_confusion_matrix",
     "plot_few_shot",
     "plot_roc",
     "tile_map",
+    "tissue_parts",
     "write_cells_page",
     "write_cohort_page",
     "write_geojson",

@@ -70,14 +70,15 @@ REAL = torch.tensor(
 """Left, top, right, bottom of the real pixels of six tiles of 64 px."""
 
 
-@pytest.mark.parametrize("nucleus_prob", [0.0, 0.6])
+@pytest.mark.parametrize(("nucleus_prob", "rotate"), [(0.0, 0.0), (0.6, 0.0), (0.6, 45.0)])
 @pytest.mark.parametrize("seed", range(5))
-def test_boxes_lie_within_the_real_pixels(nucleus_prob: float, seed: int) -> None:
+def test_boxes_lie_within_the_real_pixels(nucleus_prob: float, rotate: float, seed: int) -> None:
     drawn = torch.rand(6, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    cells = torch.ones(6, 8, 8)  # nuclei everywhere, in the fill too
-    boxes = draw_boxes(drawn, 64, 64, (0.1, 1.0), (0.75, 1.33), cells=cells, nucleus_prob=nucleus_prob, valid=REAL)
-    assert (boxes.centre - boxes.size / 2 >= REAL[:, :2] - 1e-9).all()
-    assert (boxes.centre + boxes.size / 2 <= REAL[:, 2:] + 1e-9).all()
+    nucleus = drawn[:, 8:] * 64, drawn[:, 7] < nucleus_prob  # nuclei everywhere, in the fill too
+    boxes = draw_boxes(drawn, 64, 64, (0.1, 1.0), (0.75, 1.33), rotate=rotate, nucleus=nucleus, valid=REAL)
+    reach = boxes.sides.abs().sum(2) / 2  # of a turned box as well
+    assert (boxes.centre - reach >= REAL[:, :2].double() - 1e-9).all()
+    assert (boxes.centre + reach <= REAL[:, 2:].double() + 1e-9).all()
     area = boxes.size.prod(1) / ((REAL[:, 2] - REAL[:, 0]) * (REAL[:, 3] - REAL[:, 1]))
     assert ((area <= 1 + 1e-9) & (area > 0)).all()
     all_of_it = torch.tensor([[0.0, 0.0, 64.0, 64.0]]).expand(6, 4)

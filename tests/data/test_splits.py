@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cytossl_monai.data.bags.splits import assign_folds, check_patients, fold_numbers, split_items
+from cytossl_monai.data.bags.splits import assign_folds, check_patients, fold_numbers, hold_out, split_items
 from cytossl_monai.utils.errors import TableError
 
 
@@ -83,3 +83,41 @@ def test_bad_splits():
         split_items(no_positive)
     with pytest.raises(TableError, match="must say train, val or test"):
         split_items([item(0, 0, split="train"), item(1, 1, split="odd")])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_holdout_draws_patients_of_every_class(seed):
+    labels, patients = cohort(seed)
+    out = hold_out(labels, patients, 0.3, seed)
+    check_patients(patients, out.tolist())
+    assert 0.2 < len({p for p, o in zip(patients, out) if o}) / len(set(patients)) < 0.4
+    for c in range(3):
+        assert out[labels == c].any()
+        assert not out[labels == c].all()
+    np.testing.assert_array_equal(out, hold_out(labels, patients, 0.3, seed))
+    assert not np.array_equal(out, hold_out(labels, patients, 0.3, seed + 1))
+
+
+def test_holdout_beside_folds():
+    items = [item(i, i % 2) for i in range(40)]
+    sides = split_items(items, 5, fold=2, holdout=0.3)
+    assert sorted(i["slide_id"] for s in sides.values() for i in s) == sorted(i["slide_id"] for i in items)
+    assert len(sides["test"]) == 12
+    assert 5 <= len(sides["val"]) <= 6
+    again = split_items(items, 4, 0, holdout=0.3)["test"]
+    assert {i["slide_id"] for i in sides["test"]} == {i["slide_id"] for i in again}
+    with pytest.raises(ValueError, match=r"holdout 0.3 and test_fold 1"):
+        split_items(items, 5, 0, 1, holdout=0.3)
+    with pytest.raises(ValueError, match=r"holdout is the share"):
+        split_items(items, 5, 0, holdout=1.0)
+    with pytest.raises(TableError, match="class 1 has one patient"):
+        hold_out([0, 0, 0, 1], list("abcd"), 0.3)
+
+
+def test_one_class_needs_negatives_alone():
+    negatives = [item(i, 0) for i in range(12)]
+    assert len(split_items(negatives, 3, one_class=True)["train"]) == 8
+    with pytest.raises(TableError, match="only one class"):
+        split_items(negatives, 3)
+    with pytest.raises(TableError, match="one-class detection learns from n slides"):
+        split_items([item(i, 1) for i in range(12)], 3, one_class=True)

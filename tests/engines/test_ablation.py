@@ -63,7 +63,7 @@ def test_arms_differ_in_their_switches_alone(study: dict, data: Path, tmp_path: 
     assert list(runs) == [f"{method}/{arm}" for method in ("simclr", "mae") for arm in ARMS]
     plain, both = runs["simclr/plain"], runs["simclr/both"]
     assert (plain["ncp"], plain["backbone#sparsity"]) == (None, "none")
-    assert both["ncp"]["ops"] == "default"
+    assert both["ncp"]["ops"] == "published"
     assert "backbone#sparsity" not in both
     assert runs["simclr/ncp"] == {**plain, "ncp": both["ncp"]}
     assert (runs["mae/plain"]["mask_bias"], runs["mae/ncp"]["mask_bias"]) == (0.0, 2.0)

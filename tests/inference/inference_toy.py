@@ -59,6 +59,7 @@ def run_inference(cohort, output_dir, **overrides):
         "index_dir": str(cohort.index),
         "device": torch.device("cpu"),
         "tile_size": 96,
+        "mpp": 0.5,
         "overview_size": 512,
         "top_tiles": 4,
         "evidence": ["tiles"],

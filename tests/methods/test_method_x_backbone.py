@@ -14,7 +14,7 @@ from cytossl_monai.methods.base import SSLMethod
 
 METHODS = ["moco_v3", "simclr", "byol", "dino", "ibot", "mae"]
 BACKBONES = ["sr_vit_tiny", "sr_vit_small", "sr_vit_base", "vit_small", "resnet50", "sr_vit_tiny_stem", "resnet10"]
-NCP = ["ncp_off", "ncp_light", "ncp_default", "ncp_strong"]
+NCP = ["ncp_published", "ncp_off", "ncp_light", "ncp_default", "ncp_strong"]
 STEPPED = [
     "sr_vit_tiny",
     "vit_small",
@@ -45,12 +45,12 @@ def laid_over(repo_root: Path, method: str, backbone: str, ncp: str) -> ConfigPa
     parser["views#global_size"], parser["views#local_size"] = size, size // 2
     if parser["views#n_local"]:
         parser["views#n_local"] = 1
-    if backbone.startswith("resnet"):
-        parser["encoder#pool"] = "mean"
-    else:
+    if not backbone.startswith("resnet"):
         parser["backbone#num_layers"] = 1
     if "num_salient" in parser.config:
         parser["num_salient"] = 4
+        if backbone.startswith("sr_"):
+            parser["num_keys"] = 4
     return parser
 
 

@@ -58,7 +58,11 @@ def test_builds_the_encoder_that_is_trained(name: str, repo_root: Path) -> None:
     assert isinstance(encoder.network, SRTransformer)
     assert isinstance(encoder.network.patch_embedding, ConvolutionalStem) == name.endswith("_stem")
     sparse = {block.attn.sparsity for block in encoder.network.blocks}
-    assert sparse == {"routed"} if name.startswith("sr_") else sparse <= {"none"}
+    kind = "routed" if name.endswith("_stem") else "topk" if name.startswith("sr_") else "none"
+    assert sparse == {kind}
+    if kind == "topk":  # as published
+        attention = encoder.network.blocks[-1].attn
+        assert (attention.num_keys, attention.sparse_prefix, attention.irpe.config.on) == (16, True, "qkv")
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

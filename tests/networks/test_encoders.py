@@ -282,3 +282,19 @@ def test_bad_files_are_named(how: str, words: str, saved: tuple[Path, Encoder], 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.pt: no such file"):
         load_encoder(tmp_path / "none.pt")
+
+
+def test_larger_images_are_brought_down_to_the_input_size(tmp_path: Path) -> None:
+    network = SRTransformer(3, 32, 8, 24, 48, 1, 3, class_token=True)
+    plain, sized = Encoder(network).eval(), Encoder(network, input_size=32).eval()
+    small, large = torch.rand(2, 3, 16, 16), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(sized(small), plain(small))  # a local view is encoded as it is
+    shrunk = torch.nn.functional.interpolate(large / 255, size=(32, 32), mode="bilinear", antialias=True)
+    torch.testing.assert_close(sized(large), plain(shrunk))
+    assert sized.hash != plain.hash
+    save_encoder(tmp_path / "model.pt", sized)
+    loaded, _ = load_encoder(tmp_path / "model.pt")
+    assert loaded.input_size == 32
+    torch.testing.assert_close(loaded(large), sized(large))
+    with pytest.raises(ValueError, match="input_size"):
+        Encoder(network, input_size=0)

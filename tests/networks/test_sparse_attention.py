@@ -18,6 +18,7 @@ RPES = [
     {"mode": "bias"},
     {"mode": "contextual", "shared_heads": False},
     {"method": "cross", "on": "qkv"},
+    {"method": "product", "mode": "contextual", "on": "qkv"},  # as published
     {"method": "euclid", "mode": "bias", "on": "qv"},
 ]
 HEADS, WIDTH = 2, 8
@@ -26,6 +27,10 @@ HEADS, WIDTH = 2, 8
 def make(
     sparsity: str, rpe: object, prefix: int, dtype: torch.dtype = torch.float32, **kwargs: object
 ) -> SparseAttention:
+    """``topk 16`` and ``topk 16 all`` are the absolute number of keys, without and with the prefix bound by it."""
+    sparsity, *number = sparsity.split()
+    if number:
+        kwargs = {"num_keys": int(number[0]), "sparse_prefix": number[1:] == ["all"], **kwargs}
     module = SparseAttention(
         HEADS * WIDTH,
         HEADS,
@@ -46,8 +51,9 @@ def make(
 def by_reference(module: SparseAttention, x: Tensor, layout: TokenLayout) -> Tensor:
     q, k, v = module.qkv(x).unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4)
     out, _ = reference_attention(
-        q, k, v, layout, module.irpe, module.sparsity, module.keep_ratio, module.num_salient, module.window
-    )
+        q, k, v, layout, module.irpe, module.sparsity, module.keep_ratio, module.num_salient, module.window,
+        module.num_keys, module.sparse_prefix,
+    )  # fmt: skip
     return module.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -66,7 +72,7 @@ def tiles_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 @pytest.mark.parametrize("rpe", RPES)
-@pytest.mark.parametrize("sparsity", ["none", "topk", "routed"])
+@pytest.mark.parametrize("sparsity", ["none", "topk", "topk 16", "topk 16 all", "routed"])
 def test_paths_equal_reference(sparsity: str, rpe: object, prefix: int, masked: bool) -> None:
     grid = (9, 6)
     module = make(sparsity, rpe, prefix)

@@ -117,7 +117,8 @@ def test_presets_have_the_published_sizes(make: Any, count: int) -> None:
         network, plain, fine = make(), make(rpe=None, sparsity="none"), make(patch_size=8)
     assert sum(p.numel() for p in plain.parameters()) == count - plain.hidden_size
     assert sum(p.numel() for n, p in network.named_parameters() if ".irpe." not in n) == count - plain.hidden_size
-    assert {block.attn.sparsity for block in network.blocks} == {"routed"}
+    assert {(b.attn.sparsity, b.attn.num_keys, b.attn.sparse_prefix) for b in network.blocks} == {("topk", 16, True)}
+    assert network.config["pos_embed_type"] == "learnable"
     assert network.blocks[0].attn.irpe.config.num_spatial_buckets == 49
     assert fine.patch_embedding.grid == (28, 28)
 
@@ -411,3 +412,32 @@ def test_bad_masks_are_named(arguments: dict[str, Any], words: list[str]) -> Non
         small().forward_features(torch.rand(1, 3, 32, 32), **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_an_absolute_number_of_keys() -> None:
+    network = sr_vit_tiny(img_size=96, num_layers=1, save_attn=True).eval()
+    for side, tokens in ((96, 37), (64, 17)):
+        network(torch.rand(1, 3, side, side))
+        kept = (network.blocks[0].attn.att_mat > 0).sum(-1)
+        assert kept.eq(16).all()  # whatever the grid, and of the class token's row as well
+        assert kept.shape[-1] == tokens
+    with pytest.raises(ValueError, match=r"num_keys 16 exceeds the 10 tokens of an image of 3 x 3 patches"):
+        network(torch.rand(1, 3, 48, 48))
+    with pytest.raises(ValueError, match=r"num_keys 16 exceeds the 5 tokens"):
+        sr_vit_tiny(img_size=32)
+    with pytest.raises(ValueError, match="num_keys must be at least 1"):
+        sr_vit_tiny(num_keys=0)
+    few = torch.zeros(1, 36, dtype=torch.bool)
+    few[:, :5] = True  # of an image whose rest is glass all are kept
+    assert torch.isfinite(network(torch.rand(1, 3, 96, 96), foreground=few)[0]).all()
+
+
+def test_a_file_of_before_means_what_it_meant() -> None:
+    old = SRTransformer(3, 64, 16, 24, 48, 1, 3, class_token=True, sparsity="topk", keep_ratio=0.5, rpe="product")
+    config = {name: value for name, value in old.config.items() if name not in ("num_keys", "sparse_prefix")}
+    again = SRTransformer(**config)
+    attention = again.blocks[0].attn
+    assert (attention.num_keys, attention.sparse_prefix, attention.irpe.config.on) == (None, False, "k")
+    again.load_state_dict(old.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(again.eval()(images)[0], old.eval()(images)[0])

@@ -9,7 +9,7 @@ import numpy as np
 
 from cytossl_monai.utils.errors import TableError
 
-__all__ = ["assign_folds", "check_patients", "check_training_labels", "fold_numbers", "split_items"]
+__all__ = ["assign_folds", "check_patients", "check_training_labels", "fold_numbers", "hold_out", "split_items"]
 
 
 def assign_folds(
@@ -68,6 +68,48 @@ def assign_folds(
         fold_of[patient] = best
         held[best] += row
     return fold_of[owner]
+
+
+def hold_out(labels: Sequence[int] | np.ndarray, patients: Sequence[str], share: float, seed: int = 0) -> np.ndarray:
+    """Draw the patients of a test set, the same share of every class.
+
+    A patient counts for the rarest class of its slides; of every class at least one patient stays on either side.
+
+    Args:
+        labels: (n,) class of every slide; for multi-label targets any integer that names the combination.
+        patients: (n,) whose slide it is.
+        share: of the patients to hold out, in (0, 1).
+        seed: same seed, same patients.
+
+    Returns:
+        bool (n,), True on the slides that are held out.
+
+    Raises:
+        TableError: when a class has a single patient, so that one side would be without it.
+        ValueError: for a share outside (0, 1).
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"holdout is the share of the patients to hold out, in (0, 1); got {share}")
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    classes, label_of = np.unique(labels, return_inverse=True)
+    has = np.zeros((len(names), len(classes)), dtype=bool)
+    has[owner, label_of] = True
+    rarity = np.where(has, has.sum(axis=0), len(names) + 1)
+    stratum = rarity.argmin(axis=1)
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(names), dtype=bool)
+    for number, name in enumerate(classes):
+        members = np.flatnonzero(stratum == number)
+        if len(members) == 1 and has[:, number].sum() == 1:
+            raise TableError(
+                f"class {name} has one patient: a hold-out would leave one side without it; merge rare classes, or add "
+                "patients"
+            )
+        if len(members) > 1:
+            count = min(max(1, round(share * len(members))), len(members) - 1)
+            held[rng.choice(members, size=count, replace=False)] = True
+    return held[owner]
 
 
 def check_patients(patients: Sequence[str], sides: Sequence[object], what: str = "split") -> None:
@@ -133,12 +175,19 @@ _SIDES = {
 
 
 def split_items(
-    items: Sequence[dict[str, Any]], n_folds: int = 5, fold: int = 0, test_fold: int | None = None, seed: int = 0
+    items: Sequence[dict[str, Any]],
+    n_folds: int = 5,
+    fold: int = 0,
+    test_fold: int | None = None,
+    seed: int = 0,
+    holdout: float | None = None,
+    one_class: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Training, validation and test items, patient-wise.
 
     The table's ``split`` (train, val, test) holds where it is given; without a ``val`` in it, validation slides are
-    taken from the training ones by folds. Else the table's ``fold`` counts, else ``assign_folds`` draws.
+    taken from the training ones by folds. Else ``holdout`` draws the test patients and the folds of the others say
+    which of them validate. Else the table's ``fold`` counts, else ``assign_folds`` draws.
 
     Args:
         items: items of ``data.bags.items.bag_items``.
@@ -146,6 +195,9 @@ def split_items(
         fold: the validation fold.
         test_fold: a fold kept out of training and validation; None: none.
         seed: for the draw.
+        holdout: share of the patients that is drawn as a test set, 0.3 in the paper; None: none. Not together with
+            ``test_fold``.
+        one_class: training slides need hold the first class alone (one-class detection).
 
     Returns:
         lists under ``train``, ``val`` and ``test`` (empty when there is none).
@@ -165,9 +217,24 @@ def split_items(
         check_patients(patients, sides, "split")
         if "val" not in sides:
             rest = [i for i, side in enumerate(sides) if side == "train"]
-            inner = split_items([{**items[i], "split": None} for i in rest], n_folds, fold, None, seed)
+            inner = split_items(
+                [{**items[i], "split": None} for i in rest], n_folds, fold, None, seed, one_class=one_class
+            )
             held = {item["slide_id"] for item in inner["val"]}
             sides = ["val" if item["slide_id"] in held else side for item, side in zip(items, sides)]
+    elif holdout is not None:
+        if test_fold is not None:
+            raise ValueError(
+                f"holdout {holdout} and test_fold {test_fold} both name test slides; set one of them to null"
+            )
+        held_out = hold_out(_classes(items), patients, holdout, seed)
+        others = [{**item, "fold": None} for item, out in zip(items, held_out) if not out]
+        inner = split_items(others, n_folds, fold, None, seed, None, one_class)
+        validating = {item["slide_id"] for item in inner["val"]}
+        sides = [
+            "test" if out else "val" if item["slide_id"] in validating else "train"
+            for item, out in zip(items, held_out)
+        ]
     else:
         folds = fold_numbers(items, n_folds, seed)
         known = sorted(set(folds.tolist()))
@@ -183,7 +250,13 @@ def split_items(
         if not result[name]:
             raise TableError(f"the split leaves no slide for {name}; choose another fold or split")
         labels = np.array([item["label"] for item in result[name]])
-        check_training_labels(labels, items[0]["classes"], f"{name} slides")
+        if not one_class:
+            check_training_labels(labels, items[0]["classes"], f"{name} slides")
+        elif not (labels == 0).any():
+            raise TableError(
+                f"{name} slides: one-class detection learns from {items[0]['classes'][0]} slides, and there is none; "
+                "name the negative class first (classes), or choose another split"
+            )
     return result
 
 
@@ -199,13 +272,20 @@ def fold_numbers(items: Sequence[dict[str, Any]], n_folds: int, seed: int = 0) -
     if any(f is not None for f in given):
         bare = next(item["slide_id"] for item, f in zip(items, given) if f is None)
         raise TableError(f"some slides have a fold, {bare} has none; fill the column fold or leave it empty")
-    labels = np.array([item["label"] for item in items])
-    if labels.ndim == 2:
-        # Combinations of findings are too rare to deal by; slides are dealt by their rarest finding.
-        rarity = np.where(labels.astype(bool), labels.sum(axis=0), len(labels) + 1)
-        labels = np.where(labels.any(axis=1), rarity.argmin(axis=1) + 1, 0)
+    labels = _classes(items)
+    if np.ndim(items[0]["label"]) == 1:
         _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
         labels = np.where(counts[labels] >= n_folds, labels, -1)
         labels = np.zeros_like(labels) if len(set(labels.tolist())) == 1 else labels
         labels = np.where(np.isin(labels, [-1]) & (np.sum(labels == -1) < n_folds), labels.max(), labels)
     return assign_folds(labels, [item["patient_id"] for item in items], n_folds, seed)
+
+
+def _classes(items: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(n,) class of every item; of several findings the rarest, 0 where there is none."""
+    labels = np.array([item["label"] for item in items])
+    if labels.ndim == 2:
+        # Combinations of findings are too rare to deal by; slides are dealt by their rarest finding.
+        rarity = np.where(labels.astype(bool), labels.sum(axis=0), len(labels) + 1)
+        labels = np.where(labels.any(axis=1), rarity.argmin(axis=1) + 1, 0)
+    return labels

@@ -177,6 +177,12 @@ class TileDataset(Dataset[Item]):
         self.slide_paths.append(path)
         self._level0_mpp.append(table.level0_mpp)
 
+    @property
+    def tile(self) -> tuple[int, float] | None:
+        """Side in pixels and micrometres per pixel of the tiles, where all are alike."""
+        kinds = np.unique(np.stack([self._size.astype(np.float64), self._mpp], axis=1), axis=0)
+        return (int(kinds[0, 0]), float(kinds[0, 1])) if len(kinds) == 1 else None
+
     def __len__(self) -> int:
         return len(self.groups)
 

@@ -1,4 +1,4 @@
-"""Optimisers for self-supervised training: who is decayed, who learns how fast, AdamW and LARS."""
+"""Optimisers for self-supervised training: who is decayed, who learns how fast, Adam, AdamW and LARS."""
 
 from __future__ import annotations
 
@@ -124,10 +124,10 @@ def build_optimizer(
 
     Args:
         method: what is trained, already on its device, wrapped or not.
-        name: ``"adamw"`` (fused on CUDA), ``"lars"`` or ``"sgd"``.
+        name: ``"adam"`` (the paper's), ``"adamw"``, ``"lars"`` or ``"sgd"``; the first two are fused on CUDA.
         lr: learning rate; a schedule sets it anew at every step.
         weight_decay: see ``param_groups``.
-        betas: AdamW's decay rates.
+        betas: decay rates of Adam and AdamW.
         momentum: of LARS and SGD.
         layer_decay: see ``param_groups``.
 
@@ -136,14 +136,15 @@ def build_optimizer(
     """
     groups = param_groups(method, weight_decay, layer_decay)
     on_cuda = all(p.is_cuda for group in groups for p in group["params"])
-    if name == "adamw":
+    if name in ("adam", "adamw"):
         first, second = betas
-        return torch.optim.AdamW(groups, lr=lr, betas=(first, second), weight_decay=weight_decay, fused=on_cuda or None)
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        return kind(groups, lr=lr, betas=(first, second), weight_decay=weight_decay, fused=on_cuda or None)
     if name == "lars":
         return LARS(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    raise ValueError(f"unknown optimiser {name!r}; choose adamw, lars or sgd")
+    raise ValueError(f"unknown optimiser {name!r}; choose adam, adamw, lars or sgd")
 
 
 class LARS(Optimizer):

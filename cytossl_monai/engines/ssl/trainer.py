@@ -274,7 +274,11 @@ class SSLTrainer(Trainer):
             known = {} if nuclei is None else {"masks": nuclei[part]}
             if "valid" in batchdata:  # where to cut is decided on the CPU: taken from there, nothing waits for a device
                 known["valid"] = batchdata["valid"][part]
-            drawn.append(self.views(images[part], mpp[part], generator=generator, **known))
+            made: dict[str, Any] = dict(self.views(images[part], mpp[part], generator=generator, **known))
+            if "label" in batch:  # of the tiles' slides, for methods that learn from them (VPU)
+                label = batch["label"][part]
+                made["label"] = label[made["kept"]] if "kept" in made else label
+            drawn.append(made)
         views = dict(drawn[0]) if groups == 1 else join_views(drawn)
         if self.channels_last:
             for key in ("global", "local"):

@@ -35,13 +35,17 @@ class SparseAttention(nn.Module):
         qkv_bias: whether the projection to queries, keys and values has a bias.
         rpe: relative position encoding: None, a method's name, or the arguments of `RPEConfig`.
         sparsity: ``none``, ``topk`` or ``routed``.
-        keep_ratio: for ``topk``: share of the patches that a query keeps, in (0, 1].
+        keep_ratio: for ``topk`` where ``num_keys`` is None: share of the patches that a query keeps, in (0, 1].
         num_salient: for ``routed``: patches that every patch of the image sees.
         window: for ``routed``: rows and columns that a patch sees on each side.
         has_class_token: whether the first token is a class token.
         has_registers: whether further prefix tokens follow it.
         save_attn: keep the attention of the last forward pass in ``att_mat`` (B, h, L, L), without gradient.
         qk_norm: epsilon of a layer norm over each head's queries and keys (``q_norm``, ``k_norm``); None: none.
+        num_keys: for ``topk``: an absolute number of keys that a query keeps, 16 in the paper; all where an image has
+            fewer tokens.
+        sparse_prefix: for ``topk``: class token and registers choose, and are chosen, as patches are (the paper's
+            way); else they keep every key and every query keeps them.
 
     Raises:
         ValueError: for arguments outside what is described.
@@ -62,6 +66,8 @@ class SparseAttention(nn.Module):
         has_registers: bool = False,
         save_attn: bool = False,
         qk_norm: float | None = None,
+        num_keys: int | None = None,
+        sparse_prefix: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= dropout_rate < 1:
@@ -72,6 +78,8 @@ class SparseAttention(nn.Module):
             raise ValueError(f"sparsity must be one of {', '.join(SPARSITIES)}; got {sparsity!r}.")
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio must lie in (0, 1]; got {keep_ratio}.")
+        if num_keys is not None and num_keys < 1:
+            raise ValueError(f"num_keys must be at least 1; got {num_keys}.")
         if num_salient < 0 or window < 0:
             raise ValueError(f"num_salient and window must not be negative; got {num_salient} and {window}.")
         self.hidden_size = hidden_size
@@ -79,6 +87,8 @@ class SparseAttention(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.sparsity = sparsity
         self.keep_ratio = keep_ratio
+        self.num_keys = num_keys
+        self.sparse_prefix = sparse_prefix
         self.num_salient = num_salient
         self.window = window
         self.save_attn = save_attn
@@ -153,7 +163,8 @@ class SparseAttention(nn.Module):
             )
         keep = self._keep(layout) if self.sparsity == "topk" else None
         tables = None if self.irpe is None else self.irpe.tables()
-        out, _ = attend(query, key, value, ids, tables, mask, keep, layout.num_prefix, self._dropout())
+        exempt = 0 if self.sparse_prefix else layout.num_prefix
+        out, _ = attend(query, key, value, ids, tables, mask, keep, exempt, self._dropout())
         out = out.transpose(1, 2)
         if torch.onnx.is_in_onnx_export():
             # The exporter replaces attention by its formula, whose result lies otherwise in memory: no view of it.
@@ -170,13 +181,15 @@ class SparseAttention(nn.Module):
         return ids.unsqueeze(1) if ids.dim() == 3 else ids
 
     def _keep(self, layout: TokenLayout) -> tuple[int, Tensor | None] | None:
-        """How many patch keys each query keeps: one number, or one an image where some patches take no part."""
-        number = num_kept(self.keep_ratio, layout.num_patches)
+        """How many keys each query keeps: one number, or one an image where some patches take no part."""
+        always = layout.num_prefix if self.sparse_prefix else 0
+        tokens = layout.num_patches + always
+        number = num_kept(self.keep_ratio, tokens, self.num_keys)
         if layout.valid is None:
-            return None if number >= layout.num_patches else (number, None)
-        counts = layout.valid.sum(dim=1)
-        by_image = (counts * self.keep_ratio - 1e-9).ceil().long().clamp_min(1)
-        return number, by_image.view(-1, 1, 1, 1)
+            return None if number >= tokens else (number, None)
+        counts = layout.valid.sum(dim=1) + always
+        by_image = (counts * self.keep_ratio - 1e-9).ceil().long() if self.num_keys is None else counts
+        return number, by_image.clamp(1, self.num_keys).view(-1, 1, 1, 1)
 
     def _routed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
         """(R, 3, h, d) -> (R, C)."""
@@ -200,7 +213,8 @@ class SparseAttention(nn.Module):
     @torch.no_grad()
     def _save(self, qkv: Tensor, layout: TokenLayout) -> None:
         """Attention over all pairs, computed apart from the kernel, which does not give it."""
-        settings = (self.irpe, self.sparsity, self.keep_ratio, self.num_salient, self.window)
+        chosen = (self.keep_ratio, self.num_salient, self.window, self.num_keys, self.sparse_prefix)
+        settings = (self.irpe, self.sparsity, *chosen)
         if not layout.packed:
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
             self.att_mat = reference_attention(query, key, value, layout, *settings)[1]

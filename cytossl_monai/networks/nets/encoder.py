@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.networks.nets.vit import ViT
 from torch import Tensor, nn
 
@@ -33,10 +34,12 @@ class Encoder(nn.Module):
             are averaged, leave nothing to pool: keep the default.
         mean: of each channel, on the scale [0, 1].
         std: of each channel.
+        input_size: side in pixels that the network was trained on: larger images are brought down to it, without
+            aliasing; smaller ones (local views) are encoded as they are. None: all are.
 
     Raises:
-        ValueError: for another pool, or ``cls`` where the network has no class token. Where only the output shows what
-            the network gives, `forward` raises it.
+        ValueError: for another pool, a side below 1, or ``cls`` where the network has no class token. Where only the
+            output shows what the network gives, `forward` raises it.
 
     Attributes:
         meta: what is known beside the weights, plain data: name, tile size, mpp, licence.
@@ -51,8 +54,11 @@ class Encoder(nn.Module):
         pool: str = "cls",
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
+        if input_size is not None and input_size < 1:
+            raise ValueError(f"input_size must be at least 1 pixel; got {input_size}.")
         if pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}.")
         if isinstance(network, SRTransformer) and "cls" in pool and not network.has_class_token:
@@ -66,6 +72,7 @@ class Encoder(nn.Module):
         self.network = network
         self.pool = pool
         self.meta: dict[str, Any] = {}
+        self.input_size = None if input_size is None else int(input_size)
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -119,7 +126,7 @@ class Encoder(nn.Module):
         return ScriptableEncoder(self)
 
     def normalise(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as float in [0, 1], and normalised: two (B, 3, H, W) tensors.
+        """Images as float in [0, 1], and normalised: two (B, 3, H, W) tensors, no larger than ``input_size``.
 
         Raises:
             ValueError: for another number of channels or a type that is neither uint8 nor float.
@@ -130,6 +137,10 @@ class Encoder(nn.Module):
             images = images.to(self.mean.dtype) / 255
         elif not images.is_floating_point():
             raise ValueError(f"Images must be uint8 in 0..255 or float in [0, 1]; got {images.dtype}.")
+        if self.input_size is not None and min(images.shape[-2:]) > self.input_size:
+            shrink = self.input_size / min(images.shape[-2:])
+            size = [max(self.input_size, round(side * shrink)) for side in images.shape[-2:]]
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True).clamp(0, 1)
         return images, (images - self.mean) / self.std
 
     def _features(
@@ -203,7 +214,8 @@ def encoder_hash(encoder: Encoder) -> str:
         architecture = json.dumps(own_arguments(network_config(encoder.network)), sort_keys=True, default=str)
     else:
         architecture = type(encoder.network).__qualname__
-    return _weights_hash(encoder, f"{encoder.pool}:{architecture}")
+    resized = "" if encoder.input_size is None else f":{encoder.input_size}"
+    return _weights_hash(encoder, f"{encoder.pool}:{architecture}{resized}")
 
 
 def encoder_hash_0_1(encoder: Encoder) -> str:

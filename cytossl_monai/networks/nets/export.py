@@ -44,6 +44,7 @@ class ScriptableEncoder(nn.Module):
             grid, patch = network.patch_embedding.grid, network.patch_embedding.patch_size
             self.height, self.width = int(grid[0] * patch[0]), int(grid[1] * patch[1])
         self.channels = int(encoder.mean.shape[1])
+        self.shrinks: bool = encoder.input_size is not None
         self.encoder_hash: str = encoder.hash
         encoder.eval()
         example = torch.rand(2, self.channels, self.height, self.width, device=encoder.mean.device)
@@ -54,7 +55,11 @@ class ScriptableEncoder(nn.Module):
             self.traced = torch.jit.trace(traceable, example, check_trace=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float in [0, 1], to (B, D); H and W as it was traced for."""
+        """(B, 3, H, W) uint8, or float in [0, 1], to (B, D); H and W as it was traced for, or larger (`input_size`)."""
+        if self.shrinks and image.dim() == 4 and min(image.shape[2], image.shape[3]) > self.height:
+            image = image.float() / 255 if image.dtype == torch.uint8 else image
+            size = [self.height, self.width]
+            image = torch.nn.functional.interpolate(image, size=size, mode="bilinear", antialias=True).clamp(0.0, 1.0)
         if image.dim() != 4 or image.shape[1:] != [self.channels, self.height, self.width]:
             raise ValueError(
                 f"Images must be (B, {self.channels}, {self.height}, {self.width}); got {list(image.shape)}."

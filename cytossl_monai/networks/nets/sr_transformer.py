@@ -75,7 +75,7 @@ class SRTransformer(nn.Module):
         save_attn: each block keeps its last attention in ``blocks[i].attn.att_mat``.
         rpe: iRPE of every layer: None, a method's name, the arguments of `RPEConfig`; or a list of these, one a layer.
         sparsity: ``none``, ``topk`` or ``routed``; or a list, one a layer.
-        keep_ratio: ``topk``: share of the patches that a patch keeps, in (0, 1].
+        keep_ratio: ``topk`` where ``num_keys`` is None: share of the patches that a patch keeps, in (0, 1].
         num_salient: ``routed``: patches of the image that every patch sees; at most the number of patches at
             ``img_size``. A smaller image uses all its patches at most.
         window: ``routed``: rows and columns that a patch sees on each side.
@@ -93,6 +93,9 @@ class SRTransformer(nn.Module):
         patch_embedding: ``patch`` (one projection of each patch, a ViT's) or ``stem`` (see `ConvolutionalStem`; the
             patch is then square and a power of two, ``proj_type`` is ``conv``).
         stem_norm: normalisation in the stem, ``batch`` or ``group``.
+        num_keys: ``topk``: number of keys that a token keeps, whatever the grid (16 in the paper); at most the tokens
+            of an image that is encoded whole. None: as ``keep_ratio`` says.
+        sparse_prefix: ``topk``: the class token's row and column are bound by the rule, as in the paper.
 
     Raises:
         ValueError: for arguments outside what is described.
@@ -132,6 +135,8 @@ class SRTransformer(nn.Module):
         qk_norm: bool = False,
         patch_embedding: str = "patch",
         stem_norm: str = "batch",
+        num_keys: int | None = None,
+        sparse_prefix: bool = False,
     ) -> None:
         if num_layers < 1 or num_register_tokens < 0:
             raise ValueError(
@@ -168,6 +173,10 @@ class SRTransformer(nn.Module):
         if "routed" in sparsities and num_salient > rows * cols:
             raise ValueError(f"num_salient {num_salient} exceeds the {rows * cols} patches of a {rows} x {cols} grid.")
 
+        has_topk = "topk" in sparsities and num_keys is not None
+        self.least_tokens = int(num_keys or 0) if has_topk else 0  # of an image that is encoded whole
+        self.tokens_beside = int(has_class_token) + num_register_tokens if sparse_prefix else 0
+        self._check_num_keys(rows, cols)
         self.hidden_size = hidden_size
         self.embed_dim = hidden_size
         self.patch_size = patches
@@ -192,6 +201,8 @@ class SRTransformer(nn.Module):
                     num_register_tokens > 0,
                     save_attn,
                     norm_eps if qk_norm else None,
+                    num_keys,
+                    sparse_prefix,
                 ),
                 hidden_size,
                 mlp_dim,
@@ -303,6 +314,7 @@ class SRTransformer(nn.Module):
             raise ValueError(f"Images must be (B, C, H, W); got a tensor of shape {tuple(x.shape)}.")
         batch = x.shape[0]
         grid = self.grid_size(int(x.shape[-2]), int(x.shape[-1]))
+        self._check_num_keys(*grid)
         cells = grid[0] * grid[1]
         if foreground is None and keep is None and self.drop_background is not None:
             foreground = foreground_patches(x, self.patch_size, **self.drop_background)
@@ -332,6 +344,14 @@ class SRTransformer(nn.Module):
         layout.positions = foreground.nonzero()[:, 1]
         packed = torch.cat([*prefix, tokens], dim=1)[_with_prefix(foreground, self.num_prefix)]
         return packed, layout, foreground
+
+    def _check_num_keys(self, rows: int, cols: int) -> None:
+        tokens = rows * cols + self.tokens_beside
+        if self.least_tokens > tokens:
+            raise ValueError(
+                f"num_keys {self.least_tokens} exceeds the {tokens} tokens of an image of {rows} x {cols} patches: "
+                "lower num_keys, or encode larger images (the smallest views: views#local_size)."
+            )
 
     def _to_grid(self, tokens: Tensor, layout: TokenLayout, kept: Tensor | None) -> Tensor:
         """Packed tokens back in their places, (B, prefix + N, C), zeros where a patch was dropped."""
@@ -419,7 +439,13 @@ def _drop_unused_monai_keys(module: nn.Module, state_dict: dict[str, Any], prefi
         del state_dict[name]
 
 
-_SR = {"rpe": {"method": "product", "mode": "contextual", "on": "k"}, "sparsity": "routed"}
+# As published: of each row the 16 largest scores, iRPE on queries, keys and values, beside absolute positions.
+_SR = {
+    "rpe": {"method": "product", "mode": "contextual", "on": "qkv"},
+    "sparsity": "topk",
+    "num_keys": 16,
+    "sparse_prefix": True,
+}
 
 
 def _vit(hidden_size: int, num_heads: int, defaults: Mapping[str, Any], arguments: dict[str, Any]) -> SRTransformer:
@@ -453,7 +479,12 @@ def sr_vit_base(**kwargs: Any) -> SRTransformer:
     return _vit(768, 12, _SR, kwargs)
 
 
-_STEM = {**_SR, "patch_embedding": "stem"}
+# Small views and short runs: a patch's neighbours and the salient patches, which on few patches are all of them.
+_STEM = {
+    "rpe": {"method": "product", "mode": "contextual", "on": "k"},
+    "sparsity": "routed",
+    "patch_embedding": "stem",
+}
 
 
 def sr_vit_tiny_stem(**kwargs: Any) -> SRTransformer:

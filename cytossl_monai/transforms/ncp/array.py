@@ -21,6 +21,7 @@ from cytossl_monai.transforms.kernels.checks import check_images, check_masks, c
 from cytossl_monai.transforms.ncp.batched import BatchedNCP
 from cytossl_monai.transforms.ncp.perturb import perturb
 from cytossl_monai.transforms.ncp.settings import NCPSettings
+from cytossl_monai.transforms.nuclei.centres import NucleiCentres
 
 __all__ = ["BatchedNCP", "NucleiCenteredPerturb", "RandNucleiCenteredPerturb"]
 
@@ -33,19 +34,20 @@ def _plain(data: NdarrayOrTensor) -> Tensor:
 
 def perturb_one(
     img: NdarrayOrTensor,
-    mask: NdarrayOrTensor,
+    mask: NdarrayOrTensor | None,
     mpp: float | None,
     seed: int,
     settings: NCPSettings,
     donor: NdarrayOrTensor | None,
     donor_mask: NdarrayOrTensor | None,
     keys: tuple[str, str, str, str] = ("img", "mask", "donor", "donor_mask"),
+    points: NdarrayOrTensor | None = None,
 ) -> Tensor:
     """One tile through the batched kernels; ``keys`` are what messages call the inputs."""
     tensor = convert_to_tensor(img, track_meta=get_track_meta())
     image = _plain(tensor)
     check_images(image, keys[0], dims=3)
-    nuclei = check_masks(_plain(mask), image, keys[1])
+    mask, nuclei = _nuclei(mask, points, image, settings, keys[1])
     if mpp is None and isinstance(img, MetaTensor):
         mpp = img.meta.get("mpp")
     if mpp is None and not settings.needs_mpp:
@@ -63,8 +65,33 @@ def perturb_one(
         donors = given.unsqueeze(0)
         donor_masks = None if donor_mask is None else check_masks(_plain(donor_mask), given, keys[3]).unsqueeze(0)
     draw = settings.draw(torch.tensor([seed], dtype=torch.int64), own_donors=donor is not None)
-    out = perturb(image.unsqueeze(0), nuclei.unsqueeze(0), scale, draw, settings, donors, donor_masks)[0]
+    out = perturb(image.unsqueeze(0), mask, scale, draw, settings, donors, donor_masks, nuclei=nuclei)[0]
     return convert_to_dst_type(out, tensor)[0]
+
+
+def _nuclei(
+    mask: NdarrayOrTensor | None, points: NdarrayOrTensor | None, image: Tensor, settings: NCPSettings, key: str
+) -> tuple[Tensor | None, NucleiCentres | None]:
+    """The mask (1, 1, H, W) bool and the single nuclei of a tile, from a mask, an instance map or points.
+
+    Raises:
+        ValueError: where neither a mask nor points are given, or points do without discs.
+    """
+    centres = None if points is None else NucleiCentres.of_points([_plain(points)])
+    if mask is None:
+        if centres is None or settings.keep_radius_um == 0:
+            raise ValueError(
+                f"{key} is missing; allowed without it are points, with discs around them (keep_radius_um)"
+            )
+        return None, centres
+    plain = _plain(mask)
+    if settings.by_nucleus and not plain.is_floating_point() and plain.dtype != torch.bool and plain.numel():
+        plain = plain.unsqueeze(0) if plain.ndim == 2 else plain
+        if int(plain.max()) > 1 and int(plain.min()) >= 0:  # an instance map: touching nuclei stay apart
+            check_masks(plain > 0, image, key)
+            instances = plain.unsqueeze(0).to(image.device)
+            return instances > 0, NucleiCentres.of_instances(instances) if centres is None else centres
+    return check_masks(plain, image, key).unsqueeze(0), centres
 
 
 class NucleiCenteredPerturb(Transform):
@@ -72,13 +99,17 @@ class NucleiCenteredPerturb(Transform):
 
     Args:
         ops: ``{name: strength}`` with strengths in [0, 1]; every op that is named acts, with its whole strength. Names:
-            blur, noise, fade, stain, shuffle, swap (needs a donor), cutout.
+            exchange (the published one), blur, noise, fade, stain, shuffle, swap (needs a donor), cutout.
         mpp: micrometres per pixel of tiles that do not state their own.
         seed: decides the noise, and where patches and rectangles lie.
         margin_um: micrometres around a nucleus that are kept whole.
         feather_um: micrometres over which the original then passes into the perturbed.
         patch_um: side of the patches of ``shuffle``, in micrometres.
         empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
+            around their outline stay.
+        retain_prob: probability that a nucleus is retained; at least one is.
+        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
 
     Raises:
         ValueError: for an unknown op and for a number outside its range; the message names the key.
@@ -95,30 +126,38 @@ class NucleiCenteredPerturb(Transform):
         feather_um: float = 1.5,
         patch_um: float = 16.0,
         empty: str = "keep",
+        keep_radius_um: float = 0.0,
+        retain_prob: float = 1.0,
+        block_um: float = 0.0,
     ) -> None:
         if not isinstance(ops, Mapping):
             raise ValueError(f"ops is {ops!r}; allowed is a mapping of op names to strengths in [0, 1]")
         always = {name: {"prob": 1.0, "strength": strength} for name, strength in ops.items()}
-        self.settings = NCPSettings(always, margin_um, feather_um, patch_um, 1.0, empty, random_amount=False)
+        self.settings = NCPSettings(
+            always, margin_um, feather_um, patch_um, 1.0, empty, False, keep_radius_um, retain_prob, block_um
+        )
         self.mpp = None if mpp is None else float(check_mpp(mpp, 1))
         self.seed = int(seed)
 
     def __call__(
         self,
         img: NdarrayOrTensor,
-        mask: NdarrayOrTensor,
+        mask: NdarrayOrTensor | None = None,
         mpp: float | None = None,
         donor: NdarrayOrTensor | None = None,
         donor_mask: NdarrayOrTensor | None = None,
+        points: NdarrayOrTensor | None = None,
     ) -> Tensor:
         """Perturb a tile.
 
         Args:
             img: (3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
-            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei.
+            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei; where discs stay or a part is retained also an
+                instance map (0 background, 1, 2, ... nuclei); None with ``points``.
             mpp: micrometres per pixel; None takes the constructor's, then ``img.meta["mpp"]``.
             donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
             donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
+            points: (n, 2) x and y of the nuclei in pixels, of a detector; None takes the parts of the mask.
 
         Returns:
             A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
@@ -127,7 +166,7 @@ class NucleiCenteredPerturb(Transform):
             ValueError: for inputs that do not fit; the message names which.
         """
         scale = self.mpp if mpp is None else mpp
-        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
+        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask, points=points)
 
 
 class RandNucleiCenteredPerturb(RandomizableTransform):
@@ -136,14 +175,19 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
     The seed that was drawn stays in ``self.seed``: :class:`BatchedNCP` makes the same pixels of the same seed.
 
     Args:
-        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}``, as
-            :class:`BatchedNCP` takes them.
+        ops: a preset (``"published"``, ``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength":
+            s}}``, as :class:`BatchedNCP` takes them.
         mpp: micrometres per pixel of tiles that do not state their own.
         margin_um: micrometres around a nucleus that are kept whole.
         feather_um: micrometres over which the original then passes into the perturbed.
         patch_um: side of the patches of ``shuffle``, in micrometres.
         prob: probability that a tile is perturbed at all.
         empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        random_amount: draw how much an op acts; None: as the preset has it.
+        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
+            around their outline stay. None: as the preset has it, 12.5 as published.
+        retain_prob: probability that a nucleus is retained; at least one is. None: as the preset has it.
+        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
 
     Raises:
         ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
@@ -153,15 +197,21 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
 
     def __init__(
         self,
-        ops: str | Mapping[str, Any] = "default",
+        ops: str | Mapping[str, Any] = "published",
         mpp: float | None = None,
         margin_um: float = 0.5,
         feather_um: float = 1.5,
         patch_um: float = 16.0,
         prob: float = 1.0,
         empty: str = "keep",
+        random_amount: bool | None = None,
+        keep_radius_um: float | None = None,
+        retain_prob: float | None = None,
+        block_um: float = 0.0,
     ) -> None:
-        self.settings = NCPSettings(ops, margin_um, feather_um, patch_um, prob, empty)  # refuses prob outside [0, 1]
+        self.settings = NCPSettings(  # refuses prob outside [0, 1]
+            ops, margin_um, feather_um, patch_um, prob, empty, random_amount, keep_radius_um, retain_prob, block_um
+        )
         RandomizableTransform.__init__(self, prob)
         self.mpp = None if mpp is None else float(check_mpp(mpp, 1))
         self.seed = 0
@@ -175,21 +225,24 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
     def __call__(
         self,
         img: NdarrayOrTensor,
-        mask: NdarrayOrTensor,
+        mask: NdarrayOrTensor | None = None,
         mpp: float | None = None,
         donor: NdarrayOrTensor | None = None,
         donor_mask: NdarrayOrTensor | None = None,
         randomize: bool = True,
+        points: NdarrayOrTensor | None = None,
     ) -> Tensor:
         """Perturb a tile.
 
         Args:
             img: (3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
-            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei.
+            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei; where discs stay or a part is retained also an
+                instance map (0 background, 1, 2, ... nuclei); None with ``points``.
             mpp: micrometres per pixel; None takes the constructor's, then ``img.meta["mpp"]``.
             donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
             donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
             randomize: draw anew; False repeats what ``self.seed`` decides.
+            points: (n, 2) x and y of the nuclei in pixels, of a detector; None takes the parts of the mask.
 
         Returns:
             A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
@@ -200,4 +253,4 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
         if randomize:
             self.randomize()
         scale = self.mpp if mpp is None else mpp
-        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask)
+        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask, points=points)

@@ -12,6 +12,7 @@ from cytossl_monai.transforms.kernels.checks import check_images, check_masks, c
 from cytossl_monai.transforms.kernels.random import draw_seeds
 from cytossl_monai.transforms.ncp.perturb import perturb
 from cytossl_monai.transforms.ncp.settings import NCPSettings
+from cytossl_monai.transforms.nuclei.centres import NucleiCentres
 
 __all__ = ["BatchedNCP"]
 
@@ -21,15 +22,21 @@ class BatchedNCP(nn.Module):
 
     The module has no weights and no state: what it does follows from its settings and the seeds alone.
 
+    Without arguments it does what is published: discs around some of the nuclei stay, all pixels outside change places.
+
     Args:
-        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}`` with the
-            names blur, noise, fade, stain, shuffle, swap, cutout; ops that are not named are off.
+        ops: a preset (``"published"``, ``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength":
+            s}}`` with the names exchange, blur, noise, fade, stain, shuffle, swap, cutout; ops not named are off.
         margin_um: micrometres around a nucleus that are kept whole.
         feather_um: micrometres over which the original then passes into the perturbed.
         patch_um: side of the patches of ``shuffle``, in micrometres.
         prob: probability that a sample is perturbed at all.
         empty: tiles without nuclei: ``"keep"`` leaves them as they are, ``"perturb"`` perturbs all of them, ``"drop"``
             leaves them out, so that fewer samples come back (which ones, says :meth:`kept`).
+        random_amount: draw how much an op acts; see :class:`NCPSettings`, as for all that follow.
+        keep_radius_um: radius of the discs around nuclear centres that stay; 0: nuclei with ``margin_um`` stay.
+        retain_prob: probability that a nucleus is retained.
+        block_um: side of the blocks of ``exchange``; 0: one pixel.
 
     Raises:
         ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
@@ -46,18 +53,25 @@ class BatchedNCP(nn.Module):
 
     def __init__(
         self,
-        ops: str | Mapping[str, Any] = "default",
+        ops: str | Mapping[str, Any] = "published",
         margin_um: float = 0.5,
         feather_um: float = 1.5,
         patch_um: float = 16.0,
         prob: float = 1.0,
         empty: str = "keep",
+        random_amount: bool | None = None,
+        keep_radius_um: float | None = None,
+        retain_prob: float | None = None,
+        block_um: float = 0.0,
     ) -> None:
         super().__init__()
         if empty not in ("keep", "perturb", "drop"):
             raise ValueError(f"empty is {empty!r}; allowed is 'keep', 'perturb' or 'drop'")
         self.drop = empty == "drop"
-        self.settings = NCPSettings(ops, margin_um, feather_um, patch_um, prob, "keep" if self.drop else empty)
+        without = "keep" if self.drop else empty
+        self.settings = NCPSettings(
+            ops, margin_um, feather_um, patch_um, prob, without, random_amount, keep_radius_um, retain_prob, block_um
+        )
 
     @staticmethod
     def kept(masks: Tensor) -> Tensor:
@@ -74,18 +88,20 @@ class BatchedNCP(nn.Module):
     def forward(
         self,
         images: Tensor,
-        masks: Tensor,
+        masks: Tensor | None,
         mpp: float | Tensor | None = None,
         generator: torch.Generator | None = None,
         seeds: Tensor | None = None,
         check: bool = True,
         out: Tensor | None = None,
+        nuclei: NucleiCentres | None = None,
     ) -> Tensor:
         """Perturb a batch.
 
         Args:
             images: (B, 3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
-            masks: (B, 1, H, W) or (B, H, W), bool or 0 and 1: 1 on nuclei.
+            masks: (B, 1, H, W) or (B, H, W), bool or 0 and 1: 1 on nuclei; None where ``nuclei`` has their centres and
+                discs stay.
             mpp: micrometres per pixel, one for all or one a sample; not needed where no length is in micrometres.
             generator: where the seeds come from; None takes torch's global CPU generator.
             seeds: (B,) int64, one a sample, in place of the generator. The same seed perturbs the same tile in the
@@ -93,16 +109,23 @@ class BatchedNCP(nn.Module):
             check: look at the values of images and masks first, which makes a GPU wait. Shapes are looked at always.
             out: where to write, contiguous and of the shape, dtype and device of ``images``, which may be it; None
                 makes a new tensor.
+            nuclei: the single nuclei, where they are known; None takes the parts of the masks.
 
         Returns:
-            The shape (``"drop"``: with fewer samples), dtype and device of ``images``; nuclear pixels are
-            bit-identical.
+            The shape (``"drop"``: with fewer samples), dtype and device of ``images``; the pixels of
+            retained nuclei are bit-identical.
 
         Raises:
             ValueError: for images, masks, ``mpp``, seeds or ``out`` that do not fit; the message names which.
         """
         check_images(images, values=check)
-        masks = check_masks(masks, images, values=check)
+        masks = check_masks(masks, images, values=check) if masks is not None or nuclei is None else None
+        if masks is None and (nuclei is None or self.settings.keep_radius_um == 0):
+            raise ValueError(
+                "masks is missing; allowed without masks are nuclei, and discs around them (keep_radius_um)"
+            )
+        if nuclei is not None and nuclei.batch != len(images):
+            raise ValueError(f"nuclei are those of {nuclei.batch} tiles; allowed are those of the {len(images)} images")
         batch = len(images)
         if mpp is None and not self.settings.needs_mpp:
             mpp = 1.0
@@ -122,8 +145,13 @@ class BatchedNCP(nn.Module):
             )
         if batch == 0:
             return images.clone()
-        out = perturb(images, masks, scale, self.settings.draw(seeds), self.settings, out=out)
-        return out[self.kept(masks)] if self.drop else out
+        out = perturb(images, masks, scale, self.settings.draw(seeds), self.settings, out=out, nuclei=nuclei)
+        if not self.drop:
+            return out
+        if masks is not None:
+            return out[self.kept(masks)]
+        assert nuclei is not None
+        return out[(nuclei.counts() > 0).nonzero().squeeze(1).to(out.device)]
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""

@@ -40,10 +40,11 @@ class _PerturbDict(MapTransform):
         donor_key: str | None,
         donor_mask_key: str | None,
         allow_missing_keys: bool,
+        points_key: str | None,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         self.mask_key, self.mpp_key = mask_key, mpp_key
-        self.donor_key, self.donor_mask_key = donor_key, donor_mask_key
+        self.donor_key, self.donor_mask_key, self.points_key = donor_key, donor_mask_key, points_key
 
     def _needed(self, data: dict[Hashable, Any], key: str) -> Any:
         """``data[key]``, its pending operations carried out: Compose does that for the keys it knows alone."""
@@ -57,22 +58,16 @@ class _PerturbDict(MapTransform):
 
     def _perturb_all(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
         d = dict(data)
-        mask = self._needed(d, self.mask_key)
+        points = None if self.points_key is None else self._needed(d, self.points_key)
+        mask = self._needed(d, self.mask_key) if points is None or self.mask_key in d else None
         donor = None if self.donor_key is None else self._needed(d, self.donor_key)
         donor_mask = None if self.donor_mask_key is None else self._needed(d, self.donor_mask_key)
         names = (self.mask_key, str(self.donor_key), str(self.donor_mask_key))
         for key in self.key_iterator(d):
             image = self._needed(d, str(key))
-            d[key] = perturb_one(
-                image,
-                mask,
-                stated_mpp(self.perturb.mpp, image, d.get(self.mpp_key)),
-                self.perturb.seed,
-                self.perturb.settings,
-                donor,
-                donor_mask,
-                (str(key), *names),
-            )
+            settings, seed = self.perturb.settings, self.perturb.seed
+            mpp = stated_mpp(self.perturb.mpp, image, d.get(self.mpp_key))
+            d[key] = perturb_one(image, mask, mpp, seed, settings, donor, donor_mask, (str(key), *names), points=points)
         return d
 
 
@@ -92,7 +87,12 @@ class NucleiCenteredPerturbd(_PerturbDict):
         feather_um: micrometres over which the original then passes into the perturbed.
         patch_um: side of the patches of ``shuffle``, in micrometres.
         empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
+            around their outline stay.
+        retain_prob: probability that a nucleus is retained; at least one is.
+        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
         allow_missing_keys: pass over keys that are not there.
+        points_key: where the nuclei's x and y are, of a detector; None: they are the parts of the mask.
     """
 
     def __init__(
@@ -109,10 +109,16 @@ class NucleiCenteredPerturbd(_PerturbDict):
         feather_um: float = 1.5,
         patch_um: float = 16.0,
         empty: str = "keep",
+        keep_radius_um: float = 0.0,
+        retain_prob: float = 1.0,
+        block_um: float = 0.0,
         allow_missing_keys: bool = False,
+        points_key: str | None = None,
     ) -> None:
-        super().__init__(keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys)
-        self.perturb = NucleiCenteredPerturb(ops, mpp, seed, margin_um, feather_um, patch_um, empty)
+        super().__init__(keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys, points_key)
+        self.perturb = NucleiCenteredPerturb(
+            ops, mpp, seed, margin_um, feather_um, patch_um, empty, keep_radius_um, retain_prob, block_um
+        )
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
         """Perturb every key; ValueErrors name the key that does not fit."""
@@ -135,13 +141,19 @@ class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
         patch_um: side of the patches of ``shuffle``, in micrometres.
         prob: probability that a tile is perturbed at all.
         empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
+        random_amount: draw how much an op acts; None: as the preset has it.
+        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
+            around their outline stay. None: as the preset has it, 12.5 as published.
+        retain_prob: probability that a nucleus is retained; at least one is. None: as the preset has it.
+        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
         allow_missing_keys: pass over keys that are not there.
+        points_key: where the nuclei's x and y are, of a detector; None: they are the parts of the mask.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
-        ops: str | Mapping[str, Any] = "default",
+        ops: str | Mapping[str, Any] = "published",
         mask_key: str = "nuclei",
         mpp: float | None = None,
         mpp_key: str = "mpp",
@@ -152,10 +164,16 @@ class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
         patch_um: float = 16.0,
         prob: float = 1.0,
         empty: str = "keep",
+        random_amount: bool | None = None,
+        keep_radius_um: float | None = None,
+        retain_prob: float | None = None,
+        block_um: float = 0.0,
         allow_missing_keys: bool = False,
+        points_key: str | None = None,
     ) -> None:
-        _PerturbDict.__init__(self, keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys)
-        self.perturb = RandNucleiCenteredPerturb(ops, mpp, margin_um, feather_um, patch_um, prob, empty)
+        _PerturbDict.__init__(self, keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys, points_key)
+        amounts = (random_amount, keep_radius_um, retain_prob, block_um)
+        self.perturb = RandNucleiCenteredPerturb(ops, mpp, margin_um, feather_um, patch_um, prob, empty, *amounts)
         RandomizableTransform.__init__(self, prob)
 
     def set_random_state(

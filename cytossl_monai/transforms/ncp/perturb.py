@@ -11,7 +11,9 @@ from cytossl_monai.transforms.kernels.blur import blur
 from cytossl_monai.transforms.kernels.chunks import chunks
 from cytossl_monai.transforms.kernels.colour import jitter_stain
 from cytossl_monai.transforms.ncp import operations as ncp
+from cytossl_monai.transforms.ncp.exchange import exchange_outside, kept_discs, retained_nuclei
 from cytossl_monai.transforms.ncp.settings import BLUR_SIGMA_UM, CUTOUT_SIDE, NOISE_STD, Draw, NCPSettings
+from cytossl_monai.transforms.nuclei.centres import NucleiCentres
 
 __all__ = ["perturb"]
 
@@ -32,19 +34,20 @@ def _like(unit: Tensor, dtype: torch.dtype) -> Tensor:
 
 def perturb(
     images: Tensor,
-    masks: Tensor,
+    masks: Tensor | None,
     mpp: Tensor,
     draw: Draw,
     settings: NCPSettings,
     donors: Tensor | None = None,
     donor_masks: Tensor | None = None,
     out: Tensor | None = None,
+    nuclei: NucleiCentres | None = None,
 ) -> Tensor:
     """Perturb all but the nuclei: ``a * image + (1 - a) * P(background)``.
 
     Args:
         images: (B, C, H, W), uint8 or floating point in [0, 1]; not written to.
-        masks: (B, 1, H, W) bool, True on nuclei.
+        masks: (B, 1, H, W) bool, True on nuclei; None where only their centres are known, which discs around them need.
         mpp: (B,) float32 on the CPU, micrometres per pixel.
         draw: what is done to each sample.
         settings: lengths, and what becomes of a tile without nuclei.
@@ -52,9 +55,13 @@ def perturb(
         donor_masks: (D, 1, H, W) bool: the donors' nuclei, which are painted over; None is ``masks`` where ``donors``
             is None, and no nuclei otherwise.
         out: where to write, like ``images`` and contiguous; ``images`` itself is allowed. None makes a new tensor.
+        nuclei: the single nuclei; None takes the parts of ``masks``, where they are needed.
 
     Returns:
-        ``out``; nuclear pixels are bit-identical to the input's.
+        ``out``; pixels of retained nuclei are bit-identical to the input's.
+
+    Raises:
+        ValueError: for discs below a pixel.
     """
     if out is None:
         out = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -62,11 +69,19 @@ def perturb(
     # A MetaTensor takes its metadata through every operation, which costs more than most of them.
     if donors is None:
         donors, donor_masks = images, masks
-    images, masks, donors, out = (x.as_subclass(Tensor) for x in (images, masks, donors, out))
+    images, donors, out = (x.as_subclass(Tensor) for x in (images, donors, out))
+    masks = None if masks is None else masks.as_subclass(Tensor)
     donor_masks = None if donor_masks is None else donor_masks.as_subclass(Tensor)
+    if settings.by_nucleus and nuclei is None:
+        if masks is None:
+            raise ValueError("masks is missing; allowed without masks are the nuclei's centres")
+        nuclei = NucleiCentres.of_masks(masks)
     active = draw.active()
     if settings.empty == "keep":
-        active &= masks.flatten(1).any(1).cpu()
+        if masks is not None:
+            active &= masks.flatten(1).any(1).cpu()
+        elif nuclei is not None:
+            active &= nuclei.counts() > 0
     given = _given(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
     for part in chunks(images):
         rows = active[part].nonzero().squeeze(1) + part.start
@@ -74,8 +89,36 @@ def perturb(
             out[part] = images[part]
         if len(rows):
             at = rows.to(images.device)
-            out.index_copy_(0, at, _perturb_part(images, masks, mpp, draw, settings, given, rows))
+            stay = _what_stays(masks, nuclei, mpp, draw, settings, rows, images)
+            out.index_copy_(0, at, _perturb_part(images, stay, mpp, draw, settings, given, rows))
     return result
+
+
+def _what_stays(
+    masks: Tensor | None,
+    nuclei: NucleiCentres | None,
+    mpp: Tensor,
+    draw: Draw,
+    settings: NCPSettings,
+    rows: Tensor,
+    images: Tensor,
+) -> Tensor:
+    """(n, 1, H, W) bool: the pixels of the samples ``rows`` that leave as they came, margins not counted."""
+    if not settings.by_nucleus or nuclei is None:
+        assert masks is not None
+        return masks.index_select(0, rows.to(images.device))
+    some = nuclei.of(rows)
+    retained = retained_nuclei(some, draw.seeds[rows], settings.retain_prob)
+    if settings.keep_radius_um > 0:
+        radius = settings.keep_radius_um / mpp[rows]
+        if float(radius.min()) < 1:
+            raise ValueError(
+                f"keep_radius_um {settings.keep_radius_um:g} is {float(radius.min()):.2g} pixels; at least one is "
+                "needed: enlarge it, or give the right mpp"
+            )
+    else:
+        radius = torch.zeros(len(rows))
+    return kept_discs(some, retained, radius, *images.shape[-2:]).to(images.device)
 
 
 @dataclass
@@ -111,7 +154,7 @@ def _given(
 
 def _perturb_part(
     images: Tensor,
-    masks: Tensor,
+    stay: Tensor,
     mpp: Tensor,
     draw: Draw,
     settings: NCPSettings,
@@ -121,11 +164,14 @@ def _perturb_part(
     """:func:`perturb` for the samples ``rows`` ((n,) int64 on the CPU), each of which at least one op acts on."""
     device = images.device
     original = images.index_select(0, rows.to(device))
-    mask = masks.index_select(0, rows.to(device))
-    unit = _unit(original)
     mpp, seeds = mpp[rows], draw.seeds[rows]
     amounts = {name: amount[rows] for name, amount in draw.amounts.items()}
-    weight = _weight(mask, mpp, settings)
+    discs = settings.keep_radius_um > 0
+    drawn_ops = {name for name, amount in amounts.items() if bool((amount > 0).any())}
+    if discs and drawn_ops <= {"exchange"}:  # pixels move and no colour is computed: the input's own type will do
+        return exchange_outside(original, stay, settings.block_um / mpp, amounts["exchange"], seeds)
+    unit = _unit(original)
+    weight = stay.to(torch.float32) if discs else _weight(stay, mpp, settings)
     pixels = ncp.NuclearPixels.of(weight, unit.shape[1])
     plate = ncp.background_plate(unit, weight, pixels)
     # Of the plate as it is before anything is done to it.
@@ -146,6 +192,9 @@ def _perturb_part(
             here = jitter_stain(here, much, seed)
         elif name == "blur":
             here = blur(here, much * BLUR_SIGMA_UM / scale)
+        elif name == "exchange":
+            kept = weight.index_select(0, at) > 0
+            here = exchange_outside(here, kept, settings.block_um / scale, much, seed)
         elif name == "noise":
             here = ncp.add_noise(here, much * NOISE_STD, seed)
         elif name == "fade" and colour is not None:
@@ -158,4 +207,4 @@ def _perturb_part(
     mixed = _like(ncp.keep_nuclei_(plate, unit, pixels), images.dtype)
     if images.dtype in (torch.uint8, torch.float32):  # whose values survived the way there and back
         return mixed
-    return torch.where(mask, original, mixed)
+    return torch.where(stay, original, mixed)

@@ -13,14 +13,15 @@ from cytossl_monai.transforms.kernels.random import hash_uniform
 
 __all__ = ["OP_NAMES", "PRESETS", "Draw", "NCPSettings", "OpSetting"]
 
-OP_NAMES = ("swap", "shuffle", "stain", "blur", "fade", "cutout", "noise")
-"""In the order in which they are applied: what moves pixels, then what colours them, then what a camera would add."""
+OP_NAMES = ("swap", "shuffle", "stain", "blur", "fade", "cutout", "noise", "exchange")
+"""In the order in which they are applied: what moves patches, what colours them, what a camera would add; and last the
+published op, which strews what there is."""
 
 BLUR_SIGMA_UM = 3.0  # sigma of a blur of strength 1
 NOISE_STD = 0.15  # standard deviation of a noise of strength 1, as a part of the full range
 CUTOUT_SIDE = 0.6  # longest side of a rectangle of a cut-out of strength 1, as a part of the tile's side
 LEAST_PART = 0.3  # an op that is drawn acts with this part of its strength at least
-_MICROMETRE_OPS = frozenset({"blur", "shuffle"})
+_MICROMETRE_OPS = frozenset({"blur", "shuffle"})  # and "exchange", where its blocks are larger than a pixel
 
 _ACTIVE_STREAM, _DRAW_STREAM, _AMOUNT_STREAM, _DONOR_STREAM = 1, 2, 3, 4
 
@@ -39,10 +40,11 @@ class OpSetting:
 
 
 def _same(prob: float, strength: float) -> dict[str, dict[str, float]]:
-    return {name: {"prob": prob, "strength": strength} for name in OP_NAMES}
+    return {name: {"prob": prob, "strength": strength} for name in OP_NAMES if name != "exchange"}
 
 
 PRESETS: dict[str, dict[str, dict[str, float]]] = {
+    "published": {"exchange": {"prob": 1.0, "strength": 1.0}},
     "light": {
         "stain": {"prob": 0.5, "strength": 0.4},
         "blur": {"prob": 0.3, "strength": 0.4},
@@ -60,7 +62,12 @@ PRESETS: dict[str, dict[str, dict[str, float]]] = {
     },
     "strong": {**_same(0.5, 1.0), "swap": {"prob": 0.4, "strength": 1.0}, "shuffle": {"prob": 0.4, "strength": 1.0}},
 }
-"""Named choices of ops, from gentle to harsh."""
+"""Named choices of ops: the paper's, and ours from gentle to harsh."""
+
+PUBLISHED_RADIUS_UM = 12.5
+"""Radius of the discs that stay: 50 px at 0.25 um/px. Nucleus and the cytoplasm around it, for their ratio matters."""
+PUBLISHED_RETAIN_PROB = 0.8
+"""Share of the nuclei that are retained; the paper says "a part" and no number: this is our choice."""
 
 
 def _number(key: str, value: Any, low: float, high: float, allowed: str) -> float:
@@ -117,21 +124,32 @@ class Draw:
 class NCPSettings:
     """All settings of Nuclei-Centered Perturbation.
 
-    What a strength of 1 means: ``blur`` a sigma of 3 micrometres; ``noise`` a standard deviation of 0.15 of the range;
-    ``fade`` the colour of glass alone; ``stain`` each stain's density times 0.5 to 1.5 and shifted by 0.05; ``shuffle``
-    all patches change places; ``swap`` the other tile's background alone; ``cutout`` three rectangles of up to 0.6 of
-    the tile's side. An op that is drawn acts with 0.3 to 1.0 of its strength, uniformly; with all of it where
-    ``random_amount`` is off.
+    **As published** (the preset ``"published"``): discs of 12.5 micrometres around the centres of some nuclei stay, and
+    all pixels outside change places with one another, fully. **Ours**: the nuclei stay with a margin around their
+    outline, and what else there is is perturbed by one or several ops. Any op goes with either choice of what stays.
+
+    What a strength of 1 means: ``exchange`` all blocks outside change places; ``blur`` a sigma of 3 micrometres;
+    ``noise`` a standard deviation of 0.15 of the range; ``fade`` the colour of glass alone; ``stain`` each stain's
+    density times 0.5 to 1.5 and shifted by 0.05; ``shuffle`` all patches change places, nuclei painted over; ``swap``
+    the other tile's background alone; ``cutout`` three rectangles of up to 0.6 of the tile's side.
 
     Args:
-        ops: a preset (``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength": s}}``; ops that
-            are not named are off. Names: blur, noise, fade, stain, shuffle, swap, cutout.
+        ops: a preset (``"published"``, ``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength":
+            s}}``; ops that are not named are off. Names: exchange, blur, noise, fade, stain, shuffle, swap, cutout.
         margin_um: micrometres around a nucleus that are kept whole, >= 0: the nuclear border belongs to the nucleus.
-        feather_um: micrometres over which the original then passes into the perturbed, >= 0.
+            Not looked at where discs stay.
+        feather_um: micrometres over which the original then passes into the perturbed, >= 0; discs have none.
         patch_um: side of the patches of ``shuffle`` in micrometres, > 0.
         prob: probability that a sample is perturbed at all, in [0, 1].
         empty: what becomes of a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
-        random_amount: draw how much an op acts; False takes its strength as it is.
+        random_amount: draw how much an op acts, 0.3 to 1.0 of its strength, uniformly; False takes its strength as it
+            is. None: False with the published preset, else True.
+        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay, > 0; 0: no discs, but the
+            nuclei with ``margin_um`` around their outline. None: 12.5 with the published preset, else 0.
+        retain_prob: probability that a nucleus is retained, in [0, 1]; the others are perturbed with the rest. At least
+            one of a tile's is retained. None: 0.8 with the published preset, else 1.
+        block_um: side of the blocks of ``exchange`` in micrometres, >= 0; 0 and all below a pixel is one pixel (the
+            paper's text), about 7 is what its figure shows.
 
     Raises:
         ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
@@ -139,28 +157,44 @@ class NCPSettings:
 
     def __init__(
         self,
-        ops: str | Mapping[str, Any] = "default",
+        ops: str | Mapping[str, Any] = "published",
         margin_um: float = 0.5,
         feather_um: float = 1.5,
         patch_um: float = 16.0,
         prob: float = 1.0,
         empty: str = "keep",
-        random_amount: bool = True,
+        random_amount: bool | None = None,
+        keep_radius_um: float | None = None,
+        retain_prob: float | None = None,
+        block_um: float = 0.0,
     ) -> None:
+        published = ops == "published"
         self.ops = _parse_ops(ops)
         self.margin_um = _number("margin_um", margin_um, 0.0, 1e3, "a number >= 0, in micrometres")
         self.feather_um = _number("feather_um", feather_um, 0.0, 1e3, "a number >= 0, in micrometres")
         self.patch_um = _number("patch_um", patch_um, 1e-3, 1e5, "a number > 0, in micrometres")
+        self.block_um = _number("block_um", block_um, 0.0, 1e5, "a number >= 0, in micrometres; 0 is one pixel")
         self.prob = _number("prob", prob, 0.0, 1.0, "a number in [0, 1]")
         if empty not in ("keep", "perturb"):
             raise ValueError(f"empty is {empty!r}; allowed is 'keep' or 'perturb'")
         self.empty = empty
-        self.random_amount = bool(random_amount)
+        self.random_amount = not published if random_amount is None else bool(random_amount)
+        radius = (PUBLISHED_RADIUS_UM if published else 0.0) if keep_radius_um is None else keep_radius_um
+        self.keep_radius_um = _number("keep_radius_um", radius, 0.0, 1e4, "a number >= 0, in micrometres; 0: no discs")
+        retain = (PUBLISHED_RETAIN_PROB if published else 1.0) if retain_prob is None else retain_prob
+        self.retain_prob = _number("retain_prob", retain, 0.0, 1.0, "a number in [0, 1]")
+
+    @property
+    def by_nucleus(self) -> bool:
+        """Whether single nuclei must be known, and not only which pixels are nuclear."""
+        return self.keep_radius_um > 0 or self.retain_prob < 1
 
     @property
     def needs_mpp(self) -> bool:
         """Whether any length is given in micrometres, so that ``mpp`` must be known."""
-        return self.margin_um > 0 or self.feather_um > 0 or not _MICROMETRE_OPS.isdisjoint(self.ops)
+        around = self.keep_radius_um > 0 or self.margin_um > 0 or self.feather_um > 0
+        blocks = self.block_um > 0 and "exchange" in self.ops
+        return around or blocks or not _MICROMETRE_OPS.isdisjoint(self.ops)
 
     def perturbs(self, seeds: Tensor) -> Tensor:
         """(B,) bool on the CPU: the samples that ``prob`` chooses, for their seeds ((B,) int64)."""
@@ -196,7 +230,9 @@ class NCPSettings:
 
     def __repr__(self) -> str:
         ops = ", ".join(f"{name}: p={s.prob:g} s={s.strength:g}" for name, s in self.ops.items())
+        disc = f"keep_radius_um={self.keep_radius_um:g}"
+        stays = disc if self.keep_radius_um else f"margin_um={self.margin_um:g}, feather_um={self.feather_um:g}"
         return (
-            f"NCPSettings({{{ops}}}, margin_um={self.margin_um:g}, feather_um={self.feather_um:g}, "
-            f"patch_um={self.patch_um:g}, prob={self.prob:g}, empty={self.empty!r})"
+            f"NCPSettings({{{ops}}}, {stays}, retain_prob={self.retain_prob:g}, patch_um={self.patch_um:g}, "
+            f"block_um={self.block_um:g}, prob={self.prob:g}, empty={self.empty!r})"
         )

@@ -13,10 +13,11 @@ from torch import Tensor
 from cytossl_monai.transforms.kernels.chunks import chunks
 from cytossl_monai.transforms.kernels.resampling import halve
 
-__all__ = ["CropBoxes", "cut_views", "draw_boxes", "native_scale", "nuclear_cells"]
+__all__ = ["CropBoxes", "cut_views", "draw_boxes", "native_scale"]
 
-_NUCLEUS_CELL = 8  # pixels a side of the cells among which the nucleus that a crop is centred on is drawn
 _ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is halved first; bilinear sampling alone is fine below
+NUMBERS = 8
+"""Random numbers that a crop takes."""
 
 
 @dataclass
@@ -25,17 +26,17 @@ class CropBoxes:
 
     Args:
         centre: (B, 2) float64, x and y in pixels of the tile, the left and upper border at 0.
-        size: (B, 2) float64, width and height in pixels of the tile.
-        axes: (B, 2, 2) float64: a signed permutation that turns and mirrors the view.
+        size: (B, 2) float64, width and height in pixels of the tile, before it is turned.
+        sides: (B, 2, 2) float64: the view's side to the right and its side downwards, as columns, in the tile's pixels.
     """
 
     centre: Tensor
     size: Tensor
-    axes: Tensor
+    sides: Tensor
 
     def of(self, rows: Tensor | slice) -> CropBoxes:
         """The boxes of some samples."""
-        return CropBoxes(self.centre[rows], self.size[rows], self.axes[rows])
+        return CropBoxes(self.centre[rows], self.size[rows], self.sides[rows])
 
 
 def native_scale(view_size: int, tile_size: int, zoom: Sequence[float] = (1.0, 1.0)) -> tuple[float, float]:
@@ -66,18 +67,6 @@ def native_scale(view_size: int, tile_size: int, zoom: Sequence[float] = (1.0, 1
     return (view_size / high / tile_size) ** 2, (view_size / low / tile_size) ** 2
 
 
-def nuclear_cells(nuclei: Tensor) -> Tensor:
-    """Which cells of 8 x 8 pixels hold a part of a nucleus.
-
-    Args:
-        nuclei: (B, 1, H, W) bool.
-
-    Returns:
-        (B, ceil(H / 8), ceil(W / 8)) float32 on the CPU, 1 or 0.
-    """
-    return F.max_pool2d(nuclei.to(torch.float32), _NUCLEUS_CELL, ceil_mode=True)[:, 0].cpu()
-
-
 def draw_boxes(
     drawn: Tensor,
     height: int,
@@ -86,23 +75,24 @@ def draw_boxes(
     ratio: tuple[float, float],
     flip: bool = True,
     turn: bool = True,
-    cells: Tensor | None = None,
-    nucleus_prob: float = 0.0,
+    rotate: float = 0.0,
+    nucleus: tuple[Tensor, Tensor] | None = None,
     valid: Tensor | None = None,
 ) -> CropBoxes:
     """Draw a crop a sample.
 
     Args:
-        drawn: (B, 10) float64 in [0, 1), the random numbers to use.
+        drawn: (B, 8) float64 in [0, 1), the random numbers to use.
         height: of the tiles, pixels.
         width: of the tiles, pixels.
         scale: least and largest part of the tile's area.
         ratio: least and largest width to height.
         flip: mirror half of the samples.
         turn: turn by 0, 90, 180 or 270 degrees, each as likely.
-        cells: as of :func:`nuclear_cells`, to centre crops on nuclei.
-        nucleus_prob: part of the crops that are centred on a nucleus, as far as the tile's border allows. A tile
-            without nuclei is cut anywhere.
+        rotate: and by any angle up to this many degrees, either way. A box that would reach over the tile's border is
+            made smaller: a view never shows what is not there.
+        nucleus: (B, 2) float64 the nuclei to centre on, x and y, and (B,) bool which samples are centred on theirs, as
+            far as the tile's border allows; the others are cut anywhere.
         valid: (B, 4) left, top, right and bottom of each tile's real pixels; None: all are. The rest is fill, of which
             a view is to show nothing: two views that hold the same fill are told apart from others by it alone.
             ``scale`` is then the part of the real pixels' area.
@@ -117,24 +107,29 @@ def draw_boxes(
     one = torch.ones_like(real_w)
     box_w = torch.minimum(torch.maximum((area * aspect).sqrt(), one), real_w)
     box_h = torch.minimum(torch.maximum(area / box_w, one), real_h)
-    centre_x = left + box_w / 2 + (real_w - box_w) * drawn[:, 2]
-    centre_y = top + box_h / 2 + (real_h - box_h) * drawn[:, 3]
-    if cells is not None and nucleus_prob > 0.0:
-        across = cells.shape[-1]
-        running = cells.flatten(1).to(torch.float64).cumsum(1)
-        total = running[:, -1:]
-        picked = torch.searchsorted(running, drawn[:, 4:5] * total, right=True).clamp_(max=running.shape[1] - 1)[:, 0]
-        at_x = ((picked % across) + drawn[:, 5]) * _NUCLEUS_CELL
-        at_y = ((picked // across) + drawn[:, 6]) * _NUCLEUS_CELL
-        use = (total[:, 0] > 0) & (drawn[:, 7] < nucleus_prob)
-        centre_x = torch.where(use, torch.minimum(torch.maximum(at_x, left + box_w / 2), right - box_w / 2), centre_x)
-        centre_y = torch.where(use, torch.minimum(torch.maximum(at_y, top + box_h / 2), bottom - box_h / 2), centre_y)
-    quarter = (drawn[:, 8] * 4).to(torch.int64) if turn else torch.zeros(len(drawn), dtype=torch.int64)
+    reach_x, reach_y = box_w / 2, box_h / 2
+    spin = torch.eye(2, dtype=torch.float64).expand(len(drawn), 2, 2)
+    if rotate > 0.0:
+        angle = math.radians(rotate) * (2.0 * drawn[:, 6] - 1.0)
+        cos, sin = angle.cos(), angle.sin()
+        spin = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+        reach_x = (cos.abs() * box_w + sin.abs() * box_h) / 2
+        reach_y = (sin.abs() * box_w + cos.abs() * box_h) / 2
+        fits = torch.minimum(real_w / (2 * reach_x), real_h / (2 * reach_y)).clamp(max=1.0)
+        box_w, box_h, reach_x, reach_y = box_w * fits, box_h * fits, reach_x * fits, reach_y * fits
+    centre_x = left + reach_x + (real_w - 2 * reach_x) * drawn[:, 2]
+    centre_y = top + reach_y + (real_h - 2 * reach_y) * drawn[:, 3]
+    if nucleus is not None:
+        (at_x, at_y), use = nucleus[0].unbind(1), nucleus[1]
+        centre_x = torch.where(use, torch.minimum(torch.maximum(at_x, left + reach_x), right - reach_x), centre_x)
+        centre_y = torch.where(use, torch.minimum(torch.maximum(at_y, top + reach_y), bottom - reach_y), centre_y)
+    quarter = (drawn[:, 4] * 4).to(torch.int64) if turn else torch.zeros(len(drawn), dtype=torch.int64)
     cos = torch.tensor([1.0, 0.0, -1.0, 0.0], dtype=torch.float64)[quarter]
     sin = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)[quarter]
-    mirror = torch.where(drawn[:, 9] < 0.5, -1.0, 1.0) if flip else torch.ones(len(drawn), dtype=torch.float64)
+    mirror = torch.where(drawn[:, 5] < 0.5, -1.0, 1.0) if flip else torch.ones(len(drawn), dtype=torch.float64)
     axes = torch.stack([torch.stack([mirror * cos, -sin], 1), torch.stack([mirror * sin, cos], 1)], 1)
-    return CropBoxes(torch.stack([centre_x, centre_y], 1), torch.stack([box_w, box_h], 1), axes)
+    size = torch.stack([box_w, box_h], 1)
+    return CropBoxes(torch.stack([centre_x, centre_y], 1), size, spin @ (size.unsqueeze(-1) * axes))
 
 
 def _real_edges(valid: Tensor | None, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,7 +152,7 @@ def _grid(boxes: CropBoxes, side: int, height: int, width: int, device: torch.de
     """(n, side, side, 2) sampling positions in [-1, 1], as ``grid_sample`` takes them (``align_corners=False``)."""
     tile = torch.tensor([width, height], dtype=torch.float64)
     middle = 2.0 * boxes.centre / tile - 1.0
-    steps = (boxes.size / tile).unsqueeze(-1) * boxes.axes
+    steps = boxes.sides / tile.unsqueeze(-1)
     line = ((torch.arange(side, dtype=torch.float64) * 2.0 + 1.0) / side - 1.0).view(1, -1, 1)
     along_x = (middle.unsqueeze(1) + steps[:, None, :, 0] * line).to(torch.float32)
     along_y = (steps[:, None, :, 1] * line).to(torch.float32)

@@ -13,8 +13,11 @@ from cytossl_monai.transforms.kernels.checks import check_images, check_masks, c
 from cytossl_monai.transforms.kernels.chunks import change_some_, chunks
 from cytossl_monai.transforms.kernels.colour import jitter_stain
 from cytossl_monai.transforms.kernels.random import draw_seeds, hash_uniform
+from cytossl_monai.transforms.kernels.rgb import RGBJitter, jitter_rgb
 from cytossl_monai.transforms.ncp.batched import BatchedNCP
-from cytossl_monai.transforms.views.boxes import CropBoxes, cut_views, draw_boxes, nuclear_cells
+from cytossl_monai.transforms.ncp.exchange import retained_nuclei
+from cytossl_monai.transforms.nuclei.centres import NucleiCentres
+from cytossl_monai.transforms.views.boxes import NUMBERS, CropBoxes, cut_views, draw_boxes
 
 __all__ = ["ViewGenerator"]
 
@@ -42,9 +45,10 @@ def _part(key: str, value: float) -> float:
 class ViewGenerator(nn.Module):
     """Make the views that a self-supervised method compares.
 
-    A view is a random resized crop, mirrored and turned by quarters (a cell has no upper side), its background
-    perturbed (NCP) where asked for, its stains varied in optical density and blurred. Nuclei are found once, on the
-    tile, and go through the same crop as the colours. The views are not normalised: an encoder does that itself.
+    As published: the tile is perturbed once (NCP), so that all views, the teacher's and the student's, show the same
+    perturbed tile; then every view is cut around a nucleus that is drawn on its own, each nucleus as likely. A view is
+    a resized crop, mirrored and turned (a cell has no upper side), its colours varied and blurred. Nuclei are found
+    once, on the tile, and go through the same crop as the colours. The views are not normalised: an encoder does that.
 
     Grey and solarised views are off by default, unlike in recipes for photographs. Colour tells a keratinised
     (orange) from a basal (blue) cell, so a view must not lose it. Solarising turns bright pixels dark: glass would
@@ -59,19 +63,27 @@ class ViewGenerator(nn.Module):
         local_scale: the same for a local view.
         ratio: least and largest width to height of a crop.
         ncp: the perturbation; None perturbs nothing.
-        ncp_views: which views are perturbed: ``"all"``, ``"global"``, ``"local"``, or indices, the global views first.
-            The default leaves the first global view as it is: the two then agree in nuclei alone.
-        nucleus_prob: part of the local crops that are centred on a nucleus, where the tile has one.
+        ncp_views: ``"tile"`` perturbs the tile before any view is cut, as published. Else views are perturbed one by
+            one after they are cut: ``"all"``, ``"global"``, ``"local"``, or indices, the global views first. With
+            ``(1,)`` the first global view stays as it is: the two then agree in nuclei alone.
+        nucleus_prob: part of the views that are centred on a nucleus, where the tile has one: one number, or two, of
+            the global and of the local views.
         same_nucleus_prob: part of the tiles whose global views are all centred on one and the same nucleus, so that
             they show the same cell. Cells lie scattered: crops of a tile cut anywhere often share none.
+        centre_on: ``"nuclei"`` draws from all of a tile's nuclei, as published; ``"retained"`` from those that the
+            perturbation of the tile retains.
         segmenter: ``(images, mpp) -> (B, 1, H, W) bool``, asked where no masks are given; None is
             :func:`cytossl_monai.transforms.nuclei.mask.nuclei_mask`.
         find_nuclei: False never asks the segmenter: without masks from the caller no view is perturbed or centred.
         flip: mirror half of the views.
         turn: turn views by 0, 90, 180 or 270 degrees.
+        rotate: and by any angle up to this many degrees, either way; 45 gives every angle.
         stain_prob: part of the views whose stains vary.
         stain_scale: a stain's density is multiplied by 1 - scale to 1 + scale.
         stain_shift: and shifted by -shift to shift, in absorbance.
+        rgb_prob: part of the views whose brightness, contrast, saturation and hue vary, as DINO's; beside or in place
+            of the stains.
+        rgb_jitter: how much at most of each: four numbers, brightness, contrast, saturation, hue.
         blur_prob: part of the views that are blurred.
         blur_sigma: least and largest sigma in pixels of the view.
         grey_prob: part of the views that lose their colour.
@@ -92,16 +104,20 @@ class ViewGenerator(nn.Module):
         local_scale: Sequence[float] = (0.05, 0.4),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
         ncp: BatchedNCP | None = None,
-        ncp_views: str | Sequence[int] = (1,),
-        nucleus_prob: float = 0.5,
+        ncp_views: str | Sequence[int] = "tile",
+        nucleus_prob: float | Sequence[float] = 1.0,
         same_nucleus_prob: float = 0.0,
+        centre_on: str = "nuclei",
         segmenter: Callable[[Tensor, Tensor], Tensor] | None = None,
         find_nuclei: bool = True,
         flip: bool = True,
         turn: bool = True,
+        rotate: float = 0.0,
         stain_prob: float = 0.8,
         stain_scale: float = 0.3,
         stain_shift: float = 0.02,
+        rgb_prob: float = 0.0,
+        rgb_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
         blur_prob: float = 0.5,
         blur_sigma: Sequence[float] = (0.1, 2.0),
         grey_prob: float = 0.0,
@@ -125,12 +141,26 @@ class ViewGenerator(nn.Module):
         if ncp is not None and ncp.drop:
             raise ValueError("ncp has empty='drop'; allowed here is 'keep' or 'perturb': all views need the same tiles")
         self.ncp = ncp
+        self.ncp_once = ncp_views == "tile"
         self.ncp_views = self._chosen_views(ncp_views)
-        self.nucleus_prob = _part("nucleus_prob", nucleus_prob)
+        each = [nucleus_prob] * 2 if isinstance(nucleus_prob, int | float) else list(nucleus_prob)
+        if len(each) != 2:
+            raise ValueError(
+                f"nucleus_prob is {nucleus_prob!r}; allowed is one number in [0, 1], or two: global, local"
+            )
+        self.nucleus_prob = tuple(_part("nucleus_prob", part) for part in each)
         self.same_nucleus_prob = _part("same_nucleus_prob", same_nucleus_prob)
+        if centre_on not in ("nuclei", "retained"):
+            raise ValueError(f"centre_on is {centre_on!r}; allowed is 'nuclei' or 'retained'")
+        self.centre_on = centre_on
         self.segmenter = segmenter or _default_segmenter
         self.find_nuclei = find_nuclei
         self.flip, self.turn = flip, turn
+        if not 0.0 <= rotate <= 180.0:
+            raise ValueError(f"rotate is {rotate!r}; allowed are degrees in [0, 180]")
+        self.rotate = float(rotate)
+        self.rgb_prob = _part("rgb_prob", rgb_prob)
+        self.rgb_jitter = RGBJitter(*rgb_jitter)
         self.stain_prob = _part("stain_prob", stain_prob)
         self.stain_scale = _part("stain_scale", stain_scale)
         self.stain_shift = _part("stain_shift", stain_shift)
@@ -142,10 +172,12 @@ class ViewGenerator(nn.Module):
 
     def _chosen_views(self, chosen: str | Sequence[int]) -> frozenset[int]:
         every = range(len(self.sizes))
+        if chosen == "tile":
+            return frozenset()
         named = {"all": every, "global": every[: self.n_global], "local": every[self.n_global :]}
         if isinstance(chosen, str):
             if chosen not in named:
-                raise ValueError(f"ncp_views is {chosen!r}; allowed is {', '.join(named)}, or indices of views")
+                raise ValueError(f"ncp_views is {chosen!r}; allowed is tile, {', '.join(named)}, or indices of views")
             return frozenset(named[chosen])
         if any(int(view) not in every for view in chosen):
             raise ValueError(f"ncp_views is {list(chosen)}; allowed are indices of the {len(self.sizes)} views")
@@ -159,6 +191,7 @@ class ViewGenerator(nn.Module):
         masks: Tensor | None = None,
         generator: torch.Generator | None = None,
         valid: Tensor | None = None,
+        nuclei: NucleiCentres | None = None,
     ) -> dict[str, Any]:
         """Make the views of a batch.
 
@@ -170,6 +203,8 @@ class ViewGenerator(nn.Module):
             generator: where all random numbers come from; None takes torch's global CPU generator.
             valid: (B, 4) left, top, right, bottom of each tile's real pixels, which views are drawn in; None: all of
                 the tile. See :func:`~cytossl_monai.transforms.views.boxes.draw_boxes`.
+            nuclei: the single nuclei, where they are known (instances or points of a detector); None takes the parts
+                of the masks. With nuclei and no masks the segmenter is not asked, and ``"nuclei"`` comes back empty.
 
         Returns:
             ``"global"``: a list of (B, 3, global_size, global_size) float32 in [0, 1]; ``"local"``: the same with
@@ -182,51 +217,38 @@ class ViewGenerator(nn.Module):
         """
         check_images(tiles, "tiles")
         tiles = tiles.as_subclass(Tensor)  # views are cut anew: a MetaTensor's affine is not theirs
-        perturbing = self.ncp is not None and self.ncp.settings.prob > 0 and bool(self.ncp_views)
+        perturbing = self.ncp is not None and self.ncp.settings.prob > 0 and (self.ncp_once or bool(self.ncp_views))
         if masks is not None:
             masks = check_masks(masks, tiles)
-        elif self.find_nuclei:
+        elif self.find_nuclei and nuclei is None:
             masks = self.segmenter(tiles, check_mpp(mpp, len(tiles)).to(tiles.device))
         masks = None if masks is None else masks.as_subclass(Tensor)
         scale = None if mpp is None else check_mpp(mpp, len(tiles))
+        centred = max(*self.nucleus_prob, self.same_nucleus_prob) > 0
+        by_nucleus = perturbing and self.ncp_once and self.ncp is not None and self.ncp.settings.by_nucleus
+        if nuclei is None and masks is not None and (centred or by_nucleus):
+            nuclei = NucleiCentres.of_masks(masks)
         kept = torch.arange(len(tiles), device=tiles.device)
-        if self.drop_empty and masks is not None:
-            with_nuclei = BatchedNCP.kept(masks)
+        if self.drop_empty and (masks is not None or nuclei is not None):
+            if masks is not None:
+                with_nuclei = BatchedNCP.kept(masks)
+            elif nuclei is not None:
+                with_nuclei = (nuclei.counts() > 0).nonzero().squeeze(1)
             if 0 < len(with_nuclei) < len(tiles):
-                kept = with_nuclei
-                tiles, masks = tiles[kept], masks[kept]
+                kept = with_nuclei.to(tiles.device)
+                tiles, masks = tiles[kept], None if masks is None else masks[kept]
+                nuclei = None if nuclei is None else nuclei.of(kept.cpu())
                 valid = None if valid is None else valid[kept.to(valid.device)]
                 scale = None if scale is None else scale[kept.cpu()]
-        batch, height, width = len(tiles), tiles.shape[-2], tiles.shape[-1]
-
-        device = "cpu" if generator is None else generator.device
-        boxes: list[CropBoxes] = []
-        anchor: Tensor | None = None
-        centred = max(self.nucleus_prob, self.same_nucleus_prob) > 0
-        cells = nuclear_cells(masks) if centred and masks is not None else None
-        for index in range(len(self.sizes)):
-            drawn = torch.rand(batch, 10, generator=generator, dtype=torch.float64, device=device).cpu()
-            is_global = index < self.n_global
-            if is_global and self.same_nucleus_prob > 0:
-                # Whether to centre, and on which nucleus, is drawn once for all global views.
-                anchor = drawn[:, 4:8].clone() if anchor is None else anchor
-                drawn[:, 4:8] = anchor
-            boxes.append(
-                draw_boxes(
-                    drawn,
-                    height,
-                    width,
-                    self.global_scale if is_global else self.local_scale,
-                    self.ratio,
-                    self.flip,
-                    self.turn,
-                    cells,
-                    self.same_nucleus_prob if is_global else self.nucleus_prob,
-                    valid,
-                )
-            )
+        batch = len(tiles)
+        if perturbing and self.ncp_once and self.ncp is not None and (masks is not None or nuclei is not None):
+            seeds = draw_seeds(batch, generator)
+            tiles = self.ncp(tiles, masks, scale, seeds=seeds, check=False, nuclei=nuclei)
+            if self.centre_on == "retained" and nuclei is not None:
+                nuclei = nuclei.where(retained_nuclei(nuclei, seeds, self.ncp.settings.retain_prob))
+        boxes = self._boxes(tiles, nuclei, generator, valid)
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}
-        masked = {*range(self.n_global), *(self.ncp_views if perturbing else ())}
+        masked = {*range(self.n_global), *self.ncp_views}
         for index, (view, mask) in enumerate(cut_views(tiles, masks, boxes, self.sizes, masked)):
             seeds = draw_seeds(2 * batch, generator).view(2, batch)
             if perturbing and self.ncp is not None and index in self.ncp_views and mask is not None:
@@ -241,14 +263,59 @@ class ViewGenerator(nn.Module):
                 out["nuclei"].append(mask)
         return out
 
+    def _boxes(
+        self,
+        tiles: Tensor,
+        nuclei: NucleiCentres | None,
+        generator: torch.Generator | None,
+        valid: Tensor | None,
+    ) -> list[CropBoxes]:
+        """Where each view is cut; every view draws a nucleus of its own, unless the global ones share one."""
+        batch, height, width = len(tiles), tiles.shape[-2], tiles.shape[-1]
+        device = "cpu" if generator is None else generator.device
+
+        def draw(count: int) -> Tensor:
+            return torch.rand(batch, count, generator=generator, dtype=torch.float64, device=device).cpu()
+
+        shared = draw(2)
+        boxes = []
+        for index in range(len(self.sizes)):
+            is_global = index < self.n_global
+            drawn = draw(NUMBERS + 2)
+            nucleus = None
+            if nuclei is not None:
+                together = (shared[:, 0] < self.same_nucleus_prob) & is_global
+                alone = drawn[:, NUMBERS] < self.nucleus_prob[0 if is_global else 1]
+                centre, has = nuclei.pick(torch.where(together, shared[:, 1], drawn[:, NUMBERS + 1]))
+                nucleus = centre, has & (together | alone)
+            scale = self.global_scale if is_global else self.local_scale
+            boxes.append(
+                draw_boxes(
+                    drawn[:, :NUMBERS],
+                    height,
+                    width,
+                    scale,
+                    self.ratio,
+                    self.flip,
+                    self.turn,
+                    self.rotate,
+                    nucleus,
+                    valid,
+                )
+            )
+        return boxes
+
     def _colour_(self, view: Tensor, seeds: Tensor) -> None:
-        """Vary stains, blur, and (off by default) take colour away and solarise, in place."""
-        drawn = hash_uniform(seeds, 10, 5)
+        """Vary stains, blur, and (off by default) vary RGB, take colour away and solarise, in place."""
+        drawn = hash_uniform(seeds, 10, 6)
         low, high = self.blur_sigma
         sigma = (low + (high - low) * drawn[:, 2]).to(torch.float32)
 
         def stain(part: Tensor, at: Tensor) -> Tensor:
             return jitter_stain(part, torch.ones(len(at)), seeds[at], self.stain_scale, self.stain_shift)
+
+        def rgb(part: Tensor, at: Tensor) -> Tensor:
+            return jitter_rgb(part, self.rgb_jitter, seeds[at])
 
         def grey(part: Tensor, _: Tensor) -> Tensor:
             weights = torch.tensor([0.299, 0.587, 0.114], device=part.device).view(1, 3, 1, 1)
@@ -259,6 +326,7 @@ class ViewGenerator(nn.Module):
 
         steps = (
             (0, self.stain_prob, stain),
+            (5, self.rgb_prob, rgb),
             (1, self.blur_prob, lambda part, at: blur(part, sigma[at])),
             (3, self.grey_prob, grey),
             (4, self.solarise_prob, solarise),

@@ -6,6 +6,7 @@ import torch
 from cytossl_monai.networks.build import build_network, network_config
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.clam import CLAM
+from cytossl_monai.networks.mil.cytology.less import LESS
 from cytossl_monai.networks.mil.dsmil import DSMIL
 from cytossl_monai.networks.mil.dtfd import DTFDMIL
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
@@ -26,6 +27,7 @@ METHODS = {
     "dtfd_afs": lambda k: DTFDMIL(12, k),
     "dtfd_maxmin": lambda k: DTFDMIL(12, k, distillation="maxmin"),
     "dtfd_max": lambda k: DTFDMIL(12, k, n_pseudo=3, distillation="max"),
+    "less": lambda k: LESS(12, k, embed_dim=32),
     "att_trans": lambda k: MONAIHead(12, k, embed_dim=32),
     "att_trans_pyramid": lambda k: MONAIPyramidHead(12, k),
     "ensemble": lambda k: MILEnsemble([ABMIL(12, k), MeanMIL(12, k)], "multiclass", [1.0, 2.0]),

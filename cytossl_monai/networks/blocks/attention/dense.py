@@ -61,9 +61,9 @@ def attend(
         ids: buckets of the pairs, broadcastable to (..., h, Q, K); needed with ``tables``.
         tables: encodings, or None.
         mask: bool, broadcastable to (..., h, Q, K); True where a key may be attended. None: everywhere.
-        keep: for ``topk``: the number of patch keys that a patch query keeps, as an int (0: see next) and as an
-            optional tensor broadcastable to (..., h, Q, 1) where it differs by image.
-        num_prefix: with ``keep``: so many first queries and keys are exempt.
+        keep: for ``topk``: the number of keys that a query keeps, as an int and as an optional tensor broadcastable to
+            (..., h, Q, 1) where it differs by image.
+        num_prefix: with ``keep``: so many first queries and keys are exempt; 0 where the rule binds all tokens.
         dropout: probability of dropping an attention weight (0 outside training).
         need_weights: return the attention as well.
 

@@ -13,9 +13,20 @@ from cytossl_monai.networks.blocks.token_layout import TokenLayout
 __all__ = ["attention_mask", "num_kept", "reference_attention", "salience", "salient_positions"]
 
 
-def num_kept(keep_ratio: float, num_patches: int) -> int:
-    """Keys that a query keeps under ``topk``: ``ceil(keep_ratio * num_patches)``, at least one."""
-    return max(1, math.ceil(keep_ratio * num_patches - 1e-9))
+def num_kept(keep_ratio: float, tokens: int, num_keys: int | None = None) -> int:
+    """Keys that a query keeps under ``topk``.
+
+    Args:
+        keep_ratio: share of the tokens, where ``num_keys`` is None.
+        tokens: how many there are to choose from: those of the image that take part.
+        num_keys: an absolute number, as published; all where there are fewer tokens.
+
+    Returns:
+        ``num_keys``, or ``ceil(keep_ratio * tokens)``; at least one and, for ``num_keys``, at most ``tokens``.
+    """
+    if num_keys is not None:
+        return max(1, min(num_keys, tokens))
+    return max(1, math.ceil(keep_ratio * tokens - 1e-9))
 
 
 def salience(query: Tensor, key: Tensor, num_prefix: int, has_class_token: bool, key_mask: Tensor | None) -> Tensor:
@@ -80,16 +91,20 @@ def attention_mask(
     keep_ratio: float = 1.0,
     num_salient: int = 0,
     window: int = 0,
+    num_keys: int | None = None,
+    sparse_prefix: bool = False,
 ) -> Tensor:
     """Which keys each query keeps.
 
     - ``none``: all that take part.
-    - ``topk``: a patch keeps its ``ceil(keep_ratio * N)`` best patches (N: those that take part; keys whose score
-      equals the last kept one's are kept too) and all prefix tokens.
+    - ``topk``: a patch keeps its ``num_keys``, or ``ceil(keep_ratio * N)``, best patches (N: those that take part; keys
+      whose score equals the last kept one's are kept too) and all prefix tokens.
     - ``routed``: a patch keeps patches at most ``window`` rows and columns away, the image's ``num_salient`` most
       salient patches, and all prefix tokens.
 
-    Prefix tokens (class token, registers) keep every token that takes part, in each mode.
+    Prefix tokens (class token, registers) keep every token that takes part, in each mode; but under ``topk`` with
+    ``sparse_prefix`` they are tokens as all others, as published: every row keeps its best keys among all tokens, and
+    the class token is kept where it is among them.
 
     Args:
         scores: (B, h, L, L), with iRPE.
@@ -100,6 +115,8 @@ def attention_mask(
         keep_ratio: for ``topk``.
         num_salient: for ``routed``.
         window: for ``routed``.
+        num_keys: for ``topk``: an absolute number in place of ``keep_ratio``.
+        sparse_prefix: for ``topk``: prefix tokens choose and are chosen as patches are.
 
     Returns:
         bool, broadcastable to (B, h, L, L).
@@ -113,10 +130,13 @@ def attention_mask(
     patch = torch.arange(length, device=scores.device) >= prefix
     both_patches = patch[:, None] & patch[None, :]
     if sparsity == "topk":
+        if sparse_prefix:
+            patch = torch.ones_like(patch)
+            both_patches = patch[:, None] & patch[None, :]
         patch_scores = scores.detach().masked_fill(~(takes_part & patch)[:, None, None, :], float("-inf"))
         order = patch_scores.sort(dim=-1, descending=True).values
-        count = takes_part[:, prefix:].sum(dim=-1)
-        number = torch.tensor([num_kept(keep_ratio, int(n)) for n in count], device=scores.device)
+        count = (takes_part & patch).sum(dim=-1)
+        number = torch.tensor([num_kept(keep_ratio, int(n), num_keys) for n in count], device=scores.device)
         last = order.gather(-1, (number - 1).view(batch, 1, 1, 1).expand(*scores.shape[:3], 1))
         return kept & (~both_patches | (patch_scores >= last))
     rows, cols = layout.rows_and_cols(scores.device)
@@ -144,6 +164,8 @@ def reference_attention(
     keep_ratio: float = 1.0,
     num_salient: int = 0,
     window: int = 0,
+    num_keys: int | None = None,
+    sparse_prefix: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Masked softmax attention over all pairs, with the encoding of every pair spelled out: slow and plain.
 
@@ -157,6 +179,8 @@ def reference_attention(
         keep_ratio: see `attention_mask`.
         num_salient: see `attention_mask`.
         window: see `attention_mask`.
+        num_keys: see `attention_mask`.
+        sparse_prefix: see `attention_mask`.
 
     Returns:
         output (B, h, L, d) and attention (B, h, L, L). Rows of tokens that take no part mean nothing.
@@ -175,7 +199,8 @@ def reference_attention(
     if tables.query is not None:  # k_j . r_ij
         scaled_key = key * query.shape[-1] ** -0.5
         scores = scores + torch.einsum("bhjd,hbijd->bhij", scaled_key, _pairs(tables.query, ids, scaled))
-    mask = attention_mask(scores, scaled, key, layout, sparsity, keep_ratio, num_salient, window)
+    settings = (sparsity, keep_ratio, num_salient, window, num_keys, sparse_prefix)
+    mask = attention_mask(scores, scaled, key, layout, *settings)
     attention = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     output = attention @ value
     if tables.value is not None:  # sum_j a_ij r_ij

@@ -1,0 +1,1 @@
+"""Methods made for cytology: two scales, and slides on which few cells are malignant."""

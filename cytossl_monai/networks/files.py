@@ -58,7 +58,10 @@ def build_encoder(config: Mapping[str, Any]) -> Encoder:
     network = config["network"]
     if not isinstance(network, nn.Module):
         network = build_network(network, weights=config.get("state_dict"))
-    return Encoder(network, **{name: config[name] for name in ("pool", "mean", "std", "input_size") if name in config})
+    settings = {name: config[name] for name in ("pool", "mean", "std", "input_size") if name in config}
+    if "state_dict" in config and getattr(network, "gives_vectors", False):
+        settings.pop("pool", None)  # files of 0.1 may name one, which did nothing
+    return Encoder(network, **settings)
 
 
 def save_encoder(path: str | os.PathLike[str], encoder: Encoder, meta: Mapping[str, Any] | None = None) -> None:

@@ -332,6 +332,33 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(open_encoder(pooled)[0](tiles), tiles.mean(dim=(2, 3)))
 
 
+def test_the_network_of_a_method_is_evaluated_moved_and_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As packages have it that give features by a method of theirs (EfficientNet-Lite's ``extract_features``)."""
+    (tmp_path / "my_lab_method.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, bias):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.drop = torch.nn.Conv2d(3, 4, 3), torch.nn.Dropout(0.5)\n"
+        "        torch.nn.init.ones_(self.conv.weight)\n"
+        "        torch.nn.init.constant_(self.conv.bias, bias)\n"
+        "    def features(self, x):\n"
+        "        return self.drop(self.conv(x))\n"
+        "def build(bias=0.0):\n"
+        "    return Net(bias).features\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changes = {"architecture": "callable", "callable": "my_lab_method:build", "embed_dim": 4}
+    encoder, _ = open_encoder(write_card(tmp_path, **changes, network={}))
+    assert not encoder.network.owner.training
+    tiles = torch.rand(2, 3, 8, 8)
+    wanted = encoder.network.owner.conv(encoder.normalise(tiles)[1]).mean(dim=(2, 3))
+    torch.testing.assert_close(encoder(tiles), wanted)
+    assert encoder.double().network.owner.conv.weight.dtype == torch.float64
+    other, _ = open_encoder(write_card(tmp_path, **changes, network={"bias": 1.0}))
+    assert encoder_hash(other) != encoder_hash(encoder.float())
+
+
 def test_an_encoder_file_of_ours(tmp_path: Path) -> None:
     encoder = card_encoder(write_card(tmp_path), small_state())
     save_encoder(tmp_path / "model.pt", encoder, {"mpp": 0.5})

@@ -298,3 +298,14 @@ def test_larger_images_are_brought_down_to_the_input_size(tmp_path: Path) -> Non
     torch.testing.assert_close(loaded(large), sized(large))
     with pytest.raises(ValueError, match="input_size"):
         Encoder(network, input_size=0)
+
+
+def test_a_file_of_a_network_of_vectors_may_name_a_pool(tmp_path: Path) -> None:
+    """Version 0.1 took any pool for a ResNet and heeded none: such files are read as before."""
+    encoder = Encoder(resnet50()).eval()
+    save_encoder(tmp_path / "model.pt", encoder)
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    torch.save({**content, "pool": "mean"}, tmp_path / "old.pt")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(load_encoder(tmp_path / "old.pt")[0](images), encoder(images))

@@ -151,7 +151,7 @@ class ProgramNetwork(_Foreign):
 
 
 class CallableNetwork(_Foreign):
-    """What a function of yours builds: a network, or a function from images to vectors.
+    """What a function of yours builds: a network, a method of one, or a function from images to vectors.
 
     The parameters of a network are part of the encoder's hash, and so are the function's name and its source file.
 
@@ -177,6 +177,9 @@ class CallableNetwork(_Foreign):
             raise CheckpointError(f"{target}: declare its width as embed_dim in a card, or on the network it gives.")
         super().__init__(_source_digest(target, function), int(width))
         self.target, self.network = target, network
+        owner = getattr(network, "__self__", None)
+        # Of a method the network is registered: else it would stay in training mode, and its weights out of the hash.
+        self.owner = owner if isinstance(owner, nn.Module) else None
         self.has_class_token = bool(getattr(network, "has_class_token", False))
         self.num_prefix = int(getattr(network, "num_prefix", self.has_class_token))
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cytossl_monai.methods.parts.batchnorm import synchronise_batchnorm
 from cytossl_monai.methods.parts.momentum import follow, make_teacher, set_teacher_mode
 
-__all__ = ["SSLMethod", "Views", "require_tokens", "token_width"]
+__all__ = ["SSLMethod", "Views", "require_tokens", "token_width", "trained_encoder"]
 
 Views = Mapping[str, Sequence[Tensor]]
 """``global`` and ``local``: lists of (B, 3, H, W) float32 in [0, 1]; ``nuclei``: list of (B, 1, H, W) bool."""
@@ -22,9 +22,9 @@ Views = Mapping[str, Sequence[Tensor]]
 class SSLMethod(nn.Module):
     """Base of the methods.
 
-    A method is trained so: ``out = method(views)``, ``out["loss"].backward()``, an optimiser step over the parameters
-    that require gradients, ``method.update(progress)``. Everything that changes during training is a parameter or a
-    buffer, so ``state_dict`` is all that an exact resume needs.
+    A method is trained so: ``out = method(views)``, ``out["loss"].backward()``, ``method.prepare_gradients()``, an
+    optimiser step over the parameters that require gradients, ``method.update(progress)``. Everything that changes
+    during training is a parameter or a buffer, so ``state_dict`` is all that an exact resume needs.
 
     Args:
         encoder: maps (B, 3, H, W) images in [0, 1] to (B, D) and says ``embed_dim``. It normalises the images itself.
@@ -48,7 +48,7 @@ class SSLMethod(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """What is kept after pretraining, and what online evaluation looks at."""
+        """What is kept after pretraining, and what online evaluation looks at; see also :func:`trained_encoder`."""
         return self.student
 
     def forward(self, views: Views) -> dict[str, Tensor]:
@@ -62,6 +62,9 @@ class SSLMethod(nn.Module):
             of the first view, for the collapse monitor; some methods add ``teacher_entropy``.
         """
         raise NotImplementedError
+
+    def prepare_gradients(self) -> None:
+        """Change or take away gradients; called after the backward pass, before they are clipped."""
 
     def update(self, progress: float) -> None:
         """Move teachers and schedules on; called once after every optimiser step.
@@ -143,6 +146,15 @@ class SSLMethod(nn.Module):
     def runs(views: Sequence[Tensor]) -> list[list[Tensor]]:
         """Views in groups of one size, in their order."""
         return [list(run) for _, run in itertools.groupby(views, key=lambda view: view.shape[-2:])]
+
+
+def trained_encoder(method: nn.Module) -> nn.Module | None:
+    """The encoder that gradients reach: the student, which is not what DINO and iBOT keep (their ``encoder``).
+
+    Learning rates by layer, accumulation and activation checkpointing are of this one. None without any.
+    """
+    encoder = getattr(method, "student", None) or getattr(method, "encoder", None)
+    return encoder if isinstance(encoder, nn.Module) else None
 
 
 def require_tokens(encoder: nn.Module, method: str) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.losses.dino import DINOLoss, TeacherTarget, entropy
-from cytossl_monai.methods.base import SSLMethod, Views
-from cytossl_monai.methods.parts.heads import DINOHead
-from cytossl_monai.methods.parts.schedules import cosine, linear_warmup
+from cytossl_monai.losses.dino import entropy
+from cytossl_monai.methods.base import Views
+from cytossl_monai.methods.self_distillation import SelfDistillation
 
 __all__ = ["DINO"]
 
 
-class DINO(SSLMethod):
+class DINO(SelfDistillation):
     """DINO: the student, on any crop, is to name the prototypes that the teacher names on a global crop.
 
     The student sees global and local crops, the teacher global ones only: what a small crop shows is to tell what the
@@ -43,10 +42,6 @@ class DINO(SSLMethod):
         ValueError: for a value outside its range.
     """
 
-    teacher: nn.Module
-    teacher_head: nn.Module
-    teacher_temperature: Tensor
-
     def __init__(
         self,
         encoder: nn.Module,
@@ -64,30 +59,24 @@ class DINO(SSLMethod):
         momentum: float = 0.996,
         freeze_last_layer: float = 0.01,
     ) -> None:
-        super().__init__(encoder)
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-        if min(teacher_temperature, warmup_teacher_temperature) <= 0:
-            raise ValueError(
-                f"teacher temperatures must be positive, got {warmup_teacher_temperature} and {teacher_temperature}"
-            )
-        self.head = DINOHead(
-            self.student.embed_dim, out_dim, hidden_dim, bottleneck_dim, head_layers, learn_gain=learn_gain
+        super().__init__(
+            encoder,
+            getattr(encoder, "embed_dim", 0),
+            out_dim,
+            hidden_dim,
+            bottleneck_dim,
+            head_layers,
+            learn_gain,
+            student_temperature,
+            teacher_temperature,
+            warmup_teacher_temperature,
+            temperature_warmup,
+            centering,
+            center_momentum,
+            momentum,
+            freeze_last_layer,
         )
-        self.add_teacher("teacher", "student")
-        self.add_teacher("teacher_head", "head")
-        self.target = TeacherTarget(out_dim, centering, center_momentum)
-        self.loss = DINOLoss(student_temperature)
-        self.base_momentum = momentum
-        self.temperatures = (warmup_teacher_temperature, teacher_temperature, temperature_warmup)
-        self.freeze_share = freeze_last_layer
-        self.register_buffer("teacher_temperature", torch.ones(()))
-        self._follow_schedules(0.0)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The teacher's encoder."""
-        return self.teacher
+        self.follow_schedules(0.0)
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         """Loss over all global and local views; see :class:`SSLMethod`.
@@ -111,14 +100,3 @@ class DINO(SSLMethod):
             "teacher_student_kl": loss.detach() - entropy(targets).mean(),
             "features": seen[: len(seen) // count],
         }
-
-    def update(self, progress: float) -> None:
-        """Move the teacher, the center and the schedules on."""
-        self.move_teachers(cosine(self.base_momentum, 1.0, progress))
-        self.target.advance()
-        self._follow_schedules(progress)
-
-    def _follow_schedules(self, progress: float) -> None:
-        start, end, warmup = self.temperatures
-        self.teacher_temperature.fill_(linear_warmup(start, end, progress, warmup))
-        self.head.last_layer.freeze(progress < self.freeze_share)

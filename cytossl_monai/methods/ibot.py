@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.losses.dino import DINOLoss, TeacherTarget, entropy
+from cytossl_monai.losses.dino import TeacherTarget, entropy
 from cytossl_monai.losses.ibot import IBOTPatchLoss
 from cytossl_monai.losses.koleo import KoLeoLoss
-from cytossl_monai.methods.base import SSLMethod, Views, require_tokens, token_width
+from cytossl_monai.methods.base import Views, require_tokens, token_width
 from cytossl_monai.methods.parts.heads import DINOHead
 from cytossl_monai.methods.parts.masking import SampleCounter, block_masks
-from cytossl_monai.methods.parts.schedules import cosine, linear_warmup
+from cytossl_monai.methods.self_distillation import SelfDistillation
 
 __all__ = ["IBOT"]
 
 
-class IBOT(SSLMethod):
+class IBOT(SelfDistillation):
     """iBOT: DINO on the class token, and the same game on patches that the student does not see.
 
     Blocks of patches of the student's global views are replaced by a learned token; it is to name the prototypes that
@@ -58,10 +58,7 @@ class IBOT(SSLMethod):
         ValueError: for a value outside its range, or an encoder without tokens, such as ResNet-50.
     """
 
-    teacher: nn.Module
-    teacher_head: nn.Module
     teacher_patch_head: nn.Module
-    teacher_temperature: Tensor
     teacher_patch_temperature: Tensor
 
     def __init__(
@@ -90,46 +87,48 @@ class IBOT(SSLMethod):
         seed: int = 0,
     ) -> None:
         require_tokens(encoder, "iBOT")
-        super().__init__(encoder)
         low, high = mask_ratio
-        if not 0.0 <= momentum <= 1.0 or not 0.0 <= mask_probability <= 1.0 or not 0.0 <= low <= high < 1.0:
+        if not 0.0 <= mask_probability <= 1.0 or not 0.0 <= low <= high < 1.0:
             raise ValueError(
-                "momentum and mask_probability must lie in [0, 1] and mask_ratio be two rising numbers in [0, 1), "
-                f"got {momentum}, {mask_probability} and {mask_ratio}"
+                "mask_probability must lie in [0, 1] and mask_ratio be two rising numbers in [0, 1), "
+                f"got {mask_probability} and {mask_ratio}"
             )
-        if min(teacher_temperature, teacher_patch_temperature, warmup_teacher_temperature) <= 0:
-            raise ValueError("teacher temperatures must be positive")
+        if teacher_patch_temperature <= 0:
+            raise ValueError(f"teacher temperatures must be positive, got {teacher_patch_temperature}")
         if shared_head and patch_out_dim != out_dim:
             raise ValueError(f"a shared head needs patch_out_dim equal to out_dim, got {patch_out_dim} and {out_dim}")
         width = token_width(encoder)
-        self.head = DINOHead(width, out_dim, hidden_dim, bottleneck_dim, head_layers, learn_gain)
-        self.add_teacher("teacher", "student")
-        self.add_teacher("teacher_head", "head")
+        super().__init__(
+            encoder,
+            width,
+            out_dim,
+            hidden_dim,
+            bottleneck_dim,
+            head_layers,
+            learn_gain,
+            student_temperature,
+            teacher_temperature,
+            warmup_teacher_temperature,
+            temperature_warmup,
+            centering,
+            center_momentum,
+            momentum,
+            freeze_last_layer,
+        )
         self.shared_head = shared_head
         if not shared_head:
             self.patch_head = DINOHead(width, patch_out_dim, hidden_dim, bottleneck_dim, head_layers, learn_gain)
             self.add_teacher("teacher_patch_head", "patch_head")
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.target = TeacherTarget(out_dim, centering, center_momentum)
         self.patch_target = TeacherTarget(patch_out_dim, centering, center_momentum)
-        self.loss = DINOLoss(student_temperature)
         self.patch_loss = IBOTPatchLoss(student_temperature)
         self.koleo = KoLeoLoss()
         self.samples = SampleCounter()
-        self.base_momentum = momentum
-        self.temperatures = (teacher_temperature, teacher_patch_temperature)
-        self.warmup = (warmup_teacher_temperature, temperature_warmup)
-        self.freeze_share = freeze_last_layer
         self.mask_probability, self.mask_ratio = mask_probability, (float(low), float(high))
         self.patch_weight, self.koleo_weight, self.seed = patch_weight, koleo_weight, seed
-        self.register_buffer("teacher_temperature", torch.ones(()))
+        self.temperatures["teacher_patch_temperature"] = teacher_patch_temperature
         self.register_buffer("teacher_patch_temperature", torch.ones(()))
-        self._follow_schedules(0.0)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The teacher's encoder."""
-        return self.teacher
+        self.follow_schedules(0.0)
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         """Loss over all views; see :class:`SSLMethod`.
@@ -169,13 +168,6 @@ class IBOT(SSLMethod):
             out["koleo"] = koleo.detach() / count
         return {"loss": loss, **out}
 
-    def update(self, progress: float) -> None:
-        """Move the teacher, the centers and the schedules on."""
-        self.move_teachers(cosine(self.base_momentum, 1.0, progress))
-        self.target.advance()
-        self.patch_target.advance()
-        self._follow_schedules(progress)
-
     def _draw_masks(self, batch: int, count: int, images: Tensor) -> Tensor:
         grid = self.student.grid_size(*images.shape[-2:])
         first = self.samples.take(batch)
@@ -197,11 +189,3 @@ class IBOT(SSLMethod):
             logits = self.head(torch.cat([tokens, patches]))
             return logits[: len(tokens)], logits[len(tokens) :]
         return self.head(tokens), self.patch_head(patches)
-
-    def _follow_schedules(self, progress: float) -> None:
-        start, share = self.warmup
-        self.teacher_temperature.fill_(linear_warmup(start, self.temperatures[0], progress, share))
-        self.teacher_patch_temperature.fill_(linear_warmup(start, self.temperatures[1], progress, share))
-        self.head.last_layer.freeze(progress < self.freeze_share)
-        if not self.shared_head:
-            self.patch_head.last_layer.freeze(progress < self.freeze_share)

@@ -4,8 +4,8 @@
         --reference "ResNet-50 v2, ImageNet"
 
 Tasks, under the folder DATA: the cell classes of ``cells/<class>/*.jpg`` (fields of 16 um; crops that do not fill it
-are left out, since their fill tells their class), and fields of 48 um centred on the marked nuclei of ``cric`` (folds by
-blocks of ten image numbers, since neighbours share a slide).
+are left out, since their fill tells their class), and fields of 48 um centred on the marked nuclei of ``cric`` (folds
+by blocks of ten image numbers, since neighbours share a slide).
 
 Rows: every ``--encoder NAME=FILE`` (a file of ours, a card with ``--weights NAME=FILE``, or whatever `open_encoder`
 opens); ours again with random weights; frozen ResNet-50 v2 of ImageNet (``--resnet``); frozen EfficientNet-Lite0 of

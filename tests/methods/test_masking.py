@@ -108,3 +108,28 @@ def test_counting_samples_compiles_nothing_anew() -> None:
         step(torch.rand(4, 2))
     assert len(compiled) == after_one
     assert int(module.counter.seen) == 20
+
+
+@pytest.mark.parametrize(("grid", "least"), [((14, 14), 16), ((6, 6), 4), ((7, 12), 4), ((32, 32), 100)])
+def test_blocks_are_as_large_as_ibots(grid: tuple[int, int], least: int) -> None:
+    """The smallest block is (min(H, W) // 3) ** 2 patches before rounding, not four whatever the grid is."""
+    rows, columns = grid
+    hidden = int(0.5 * rows * columns)
+    drawn = []
+
+    class Recorded:
+        def __init__(self, sample: int) -> None:
+            self.rng = sample_rng(0, sample, 0)
+
+        def uniform(self, low: float, high: float) -> float:
+            if low >= 0:
+                drawn.append((low, high))
+            return float(self.rng.uniform(low, high))
+
+        def integers(self, low: int, high: int) -> int:
+            return int(self.rng.integers(low, high))
+
+    for sample in range(20):
+        block_mask(Recorded(sample), rows, columns, hidden)  # type: ignore[arg-type]
+    assert drawn[0] == (least, hidden)
+    assert all(least in pair for pair in drawn)

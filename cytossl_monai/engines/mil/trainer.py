@@ -65,10 +65,18 @@ class MILTrainer(SupervisedTrainer):
 
             @self.on(IterationEvents.BACKWARD_COMPLETED)
             def _clip(engine: SupervisedTrainer) -> None:
+                if not _steps_now(engine):
+                    return  # a part of an accumulated gradient: the sum is clipped, once
                 if engine.scaler is not None:
                     engine.scaler.unscale_(engine.optimizer)
-                # With accumulated gradients the sum is clipped at every part: never more than the bound in the end.
                 torch.nn.utils.clip_grad_norm_(engine.network.parameters(), clip_norm)
+
+
+def _steps_now(engine: SupervisedTrainer) -> bool:
+    """Whether MONAI's trainer steps after this backward pass: at the last of the parts, or the end of an epoch."""
+    parts, length = engine.accumulation_steps, engine.state.epoch_length
+    place = engine.state.iteration if length is None else (engine.state.iteration - 1) % length + 1
+    return bool(place % parts == 0 or place == length)
 
 
 class BagInferer(Inferer):

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from cytossl_monai.engines.ssl.wrap import unwrap
+from cytossl_monai.methods.base import trained_encoder
 
-__all__ = ["LARS", "build_optimizer", "is_undecayed", "layer_of", "param_groups", "scaled_lr", "set_hyperparameters"]
+__all__ = [
+    "LARS",
+    "build_optimizer",
+    "clip_gradients",
+    "is_undecayed",
+    "layer_of",
+    "param_groups",
+    "scaled_lr",
+    "set_hyperparameters",
+]
 
 UNDECAYED_NAMES = ("cls_token", "mask_token", "pos_embed", "position", "rpe", "register", "token", "temperature")
 """Parts of a parameter's name that mean a token or a table of positions: decay would only pull them to nothing."""
@@ -66,7 +76,7 @@ def param_groups(
         parameter groups for an optimiser, with ``name`` for logs. Their order depends on the architecture only.
     """
     method = unwrap(method)
-    encoder = getattr(method, "encoder", None)
+    encoder = trained_encoder(method)
     inside = {id(p): name for name, p in encoder.named_parameters()} if isinstance(encoder, nn.Module) else {}
     depth = encoder_depth(encoder) if isinstance(encoder, nn.Module) else 0
     groups: dict[tuple[int | None, bool], dict[str, Any]] = {}
@@ -100,6 +110,27 @@ def scaled_lr(base_lr: float, batch_size: int, reference: int = 256) -> float:
         reference: batch that ``base_lr`` was found for.
     """
     return base_lr * batch_size / reference
+
+
+def clip_gradients(optimizer: Optimizer, norm: float, by: Literal["all", "parameter"] = "all") -> Tensor:
+    """Bound the gradients of what an optimiser trains, in place.
+
+    Args:
+        optimizer: whose parameters.
+        norm: largest norm.
+        by: ``"all"``: of all gradients together, which keeps their direction. ``"parameter"``: of each parameter's, as
+            DINO and iBOT are published; a large layer then does not shrink the steps of the others.
+
+    Returns:
+        the norm of all gradients before.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if by == "all":
+        return nn.utils.clip_grad_norm_(parameters, norm).detach()
+    total: Tensor = nn.utils.get_total_norm([p.grad for p in parameters]).detach()
+    for parameter in parameters:
+        nn.utils.clip_grad_norm_(parameter, norm)
+    return total
 
 
 def set_hyperparameters(optimizer: Optimizer, lr: float | None = None, weight_decay: float | None = None) -> None:

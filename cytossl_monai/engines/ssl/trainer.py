@@ -23,9 +23,10 @@ from cytossl_monai.data.tiles.dataset import batch_to
 from cytossl_monai.engines.ssl.accumulation import encode_in_pieces
 from cytossl_monai.engines.ssl.batches import cut_views, join_views
 from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, load_checkpoint
-from cytossl_monai.engines.ssl.optim import set_hyperparameters
+from cytossl_monai.engines.ssl.optim import clip_gradients, set_hyperparameters
 from cytossl_monai.engines.ssl.protocol import Stateful
 from cytossl_monai.engines.ssl.wrap import unwrap
+from cytossl_monai.methods.base import trained_encoder
 from cytossl_monai.utils.distributed import is_main, rank, world_size
 from cytossl_monai.utils.errors import CheckpointError, TrainingDiverged
 from cytossl_monai.utils.seeding import derive_seed, seed_all
@@ -70,6 +71,7 @@ class SSLTrainer(Trainer):
         wd_schedule: likewise for the weight decay.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (which scales its loss).
         clip_norm: largest norm of the gradient; None does not clip.
+        clip_by: the norm of ``"all"`` gradients, or each ``"parameter"``'s; see ``clip_gradients``.
         accumulation_steps: pieces that the batch is cut into to save memory.
         accumulation: see above.
         seed: see above.
@@ -109,6 +111,7 @@ class SSLTrainer(Trainer):
         wd_schedule: Schedule | None = None,
         precision: Precision = "fp32",
         clip_norm: float | None = None,
+        clip_by: Literal["all", "parameter"] = "all",
         accumulation_steps: int = 1,
         accumulation: Literal["exact", "sum"] = "exact",
         seed: int = 0,
@@ -131,6 +134,8 @@ class SSLTrainer(Trainer):
             raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
         if accumulation not in ("exact", "sum"):
             raise ValueError(f"accumulation must be 'exact' or 'sum', got {accumulation!r}")
+        if clip_by not in ("all", "parameter"):
+            raise ValueError(f"clip_by must be 'all' or 'parameter', got {clip_by!r}")
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
         if max_steps is not None and max_steps < 1:
@@ -161,12 +166,13 @@ class SSLTrainer(Trainer):
         if channels_last:
             method.to(memory_format=torch.channels_last)
         if accumulation_steps > 1 and accumulation == "exact":
-            encode_in_pieces(method.encoder, accumulation_steps)
+            encode_in_pieces(trained_encoder(method) or method.encoder, accumulation_steps)
         self.network: Any = torch.compile(network, **(compile_kwargs or {})) if compile else network
         self.optimizer, self.views = optimizer, views
         self.lr_schedule, self.wd_schedule = lr_schedule, wd_schedule
         self.precision, self.clip_norm, self.channels_last = precision, clip_norm, channels_last
         self.pieces = accumulation_steps if accumulation == "sum" else 1
+        self.clip_by: Literal["all", "parameter"] = clip_by
         self.seed, self.view_group = seed, view_group
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir is not None else None
         self.resume = resume
@@ -311,9 +317,10 @@ class SSLTrainer(Trainer):
         """Unscale, clip, step; whether a step was taken (a float16 overflow skips one)."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        if hasattr(self.method, "prepare_gradients"):
+            self.method.prepare_gradients()
         if self.clip_norm is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            output["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.clip_norm).detach()
+            output["grad_norm"] = clip_gradients(self.optimizer, self.clip_norm, self.clip_by)
         stepped = True
         if self.scaler is None:
             self.optimizer.step()

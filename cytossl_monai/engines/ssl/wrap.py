@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cytossl_monai.engines.ssl.accumulation import checkpoint_blocks
+from cytossl_monai.methods.base import trained_encoder
 from cytossl_monai.utils.distributed import world_size
 
 __all__ = ["prepare", "unwrap", "wrap"]
@@ -75,7 +76,9 @@ def prepare(
         options: further arguments of ``wrap``.
     """
     if activation_checkpointing:
-        encoder: Any = method.encoder
+        encoder = trained_encoder(method)
+        if encoder is None:
+            raise ValueError(f"activation_checkpointing: {type(method).__name__} has no encoder; switch it off")
         checkpoint_blocks(encoder)
     return wrap(method.to(device), strategy, **options)
 

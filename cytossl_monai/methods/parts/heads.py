@@ -75,16 +75,24 @@ class UnitLinear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, learn_gain: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        # The norm at the start decides how fast directions turn. The published heads keep PyTorch's init of a linear
+        # layer here, uniform in +-1 / sqrt(in_dim): a norm of 1 / sqrt(3).
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.gain = nn.Parameter(torch.ones(out_dim, 1)) if learn_gain else None
         self.register_buffer("gradient_scale", torch.ones(()))
+        self.frozen = False  # the same on the host: reading the buffer would wait for the device at every step
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.frozen = not bool(self.gradient_scale)
 
     def freeze(self, frozen: bool) -> None:
         """Let gradients reach the weights no more, or again.
 
-        They arrive as zeros, not as None: under ``DistributedDataParallel`` every parameter must take part. Weight
-        decay still shrinks a frozen row, and its direction, all that counts, stays.
+        They arrive as zeros, not as None: under ``DistributedDataParallel`` every parameter must take part. Before the
+        optimiser's step they are to be taken away; see ``SSLMethod.prepare_gradients``.
         """
+        self.frozen = bool(frozen)
         self.gradient_scale.fill_(0.0 if frozen else 1.0)
 
     def forward(self, input: Tensor) -> Tensor:

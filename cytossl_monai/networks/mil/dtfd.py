@@ -19,7 +19,7 @@ class DTFDMIL(MILModel):
 
     ``afs``: the pseudo-bag's attention-weighted feature. ``max``: its tile of highest class evidence. ``maxmin``: its
     tiles of highest and lowest evidence. Tier 2 is attention-based MIL over what was distilled. Tier 1 has a loss of
-    its own: each pseudo-bag is taught the bag's label.
+    its own: each pseudo-bag is taught the bag's label. The embedding learns from tier 1 alone, as published.
 
     In training tiles are dealt to pseudo-bags at random, in evaluation by turns (tile i to pseudo-bag i mod M), so that
     the result is repeatable; the order of tiles therefore matters a little, unless ``n_pseudo`` is 1.
@@ -98,6 +98,8 @@ class DTFDMIL(MILModel):
                 lowest = evidence.masked_fill(~members, float("inf")).argmin(dim=2)
                 places, there = torch.cat([places, lowest], dim=1), torch.cat([filled, filled], dim=1)
             distilled = embedding.gather(1, places.unsqueeze(-1).expand(-1, -1, embedding.shape[2]))
+        # The published training has an optimiser a tier: what tier 2 is wrong about does not move the embedding.
+        distilled = distilled.detach()
         outer = masked_softmax(self.score2(distilled).squeeze(-1), there)
         logits = self.tier2(torch.bmm(outer.unsqueeze(1), distilled).squeeze(1))
         if self.distillation == "afs":

@@ -174,3 +174,15 @@ def test_learns_a_needle_in_a_haystack(make):
     else:
         right = (model.eval()(features).logits.argmax(dim=1) == labels).float().mean()
         assert right >= 0.9
+
+
+@pytest.mark.parametrize("distillation", ["afs", "maxmin", "max"])
+def test_the_second_tier_of_dtfd_does_not_train_the_embedding(distillation: str) -> None:
+    """Two optimisers in the published training: tier 2's holds its own attention and classifier alone."""
+    model = DTFDMIL(12, 2, distillation=distillation)
+    output = model(torch.randn(2, 9, 12))
+    output.logits.sum().backward()
+    touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched <= {"score2", "tier2"}
+    model.auxiliary_losses(output, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))["tier1"].backward()
+    assert model.embed[0].weight.grad is not None

@@ -3,6 +3,7 @@ from .cards import (
     card_encoder as card_encoder,
     card_network as card_network,
     read_card as read_card,
+    wrap_network as wrap_network,
 )
 from .convert import to_sr_transformer as to_sr_transformer
 from .files import (
@@ -101,4 +102,5 @@ __all__ = [
     "sr_vit_tiny_stem",
     "to_sr_transformer",
     "vit_small",
+    "wrap_network",
 ]

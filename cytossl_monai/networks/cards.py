@@ -21,7 +21,7 @@ from cytossl_monai.networks.weight_files import HUB, file_sha256, find_weights
 from cytossl_monai.networks.weights import load_vit_weights
 from cytossl_monai.utils.errors import CheckpointError
 
-__all__ = ["ARCHITECTURES", "EncoderCard", "card_encoder", "card_network", "read_card"]
+__all__ = ["ARCHITECTURES", "EncoderCard", "card_encoder", "card_network", "read_card", "wrap_network"]
 
 logger = logging.getLogger(__name__)
 ARCHITECTURES = ("vit", "resnet50", "resnet50_v2", "program", "callable")
@@ -255,7 +255,21 @@ def card_encoder(
             f"{where}: needs the weights: give their file or folder (--weights). {card.where_to_get} Nothing is "
             "downloaded by itself."
         )
-    network = card_network(card, weights, **changes)
+    return wrap_network(card_network(card, weights, **changes), card)
+
+
+def wrap_network(network: nn.Module, card: EncoderCard | str | os.PathLike[str]) -> Encoder:
+    """A network with the normalisation and pooling of a card, in evaluation mode.
+
+    Args:
+        network: as `card_network` gives it, or changed since (with LoRA, say).
+        card: the card or its path.
+
+    Raises:
+        CheckpointError: where the width is not the card's, or its pooling asks for what the network has not.
+    """
+    card = card if isinstance(card, EncoderCard) else read_card(card)
+    where = card.path or card.name
     try:
         encoder = Encoder(network, card.pool, card.mean, card.std)
     except ValueError as error:

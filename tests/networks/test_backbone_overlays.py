@@ -170,3 +170,19 @@ def test_a_card_is_trained_on_with_its_normalisation(repo_root: Path, tmp_path: 
     torch.testing.assert_close(encoder.network.blocks[1].mlp.linear1.weight, made.blocks[1].mlp.linear1.weight)
     torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([0.7, 0.6, 0.7]))
     assert encoder.meta["license"] == "CC-BY-NC-4.0"
+
+
+def test_a_card_is_trained_on_by_lora(repo_root: Path, tmp_path: Path) -> None:
+    """An overlay that changes the network of the encoder, as LoRA's does, goes over the card's."""
+    from cytossl_monai.networks.lora import has_lora
+
+    shape = {"patch_size": 8, "hidden_size": 24, "num_layers": 1, "num_heads": 3, "mlp_dim": 10}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"name": "small", "network": shape, "tile_size": 32}))
+    made = SRTransformer(3, 32, qkv_bias=True, class_token=True, norm_eps=1e-6, **shape)
+    torch.save(made.state_dict(), tmp_path / "small.pth")
+    changes = {"sparsity": "none", "card": str(tmp_path / "small.yaml"), "weights": str(tmp_path / "small.pth")}
+    parser = laid_over(repo_root, "encoder_card", **changes)
+    parser["encoder"]["network"] = {"_target_": "cytossl_monai.networks.add_lora", "network": "@backbone", "rank": 2}
+    encoder = parser.get_parsed_content("encoder")
+    assert has_lora(encoder)
+    assert not encoder.network.blocks[0].mlp.linear1.weight.requires_grad

@@ -21,7 +21,7 @@ def make(folder: Path) -> None:
     from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
     from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
 
-    table = make_slides(folder / "slides", 8, 1536, seed=3, density=900.0, blur=0.0, progress=False, num_workers=2)
+    table = make_slides(folder / "slides", 8, 1024, seed=3, density=900.0, blur=0.0, progress=False, num_workers=2)
     records = read_slide_table(table)
     records[-1].path.write_bytes(b"not a slide")
     write_slide_table(table, records)

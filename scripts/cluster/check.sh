@@ -40,11 +40,13 @@ fi
 echo "== made-up slides, an encoder and a classifier"
 "$python" -W ignore "$here/check.py" make "$dir"
 
+# The pictures of a report are not what is compared here.
+options="{inference: \"--evidence ['tiles'] --overview_size 256\"}"
 echo "== one machine"
 alone() {
   "$tools/bin/snakemake" -q all -s "$here/Snakefile" --directory "$dir/alone.work" --cores 2 --config \
     slides="$dir/slides/slides.csv" encoder="$dir/model.pt" classifier="$dir/classifier.pt" out="$dir/alone" \
-    chunks=1 tile_size=96 threads=2 python="$python"
+    chunks=1 tile_size=96 threads=2 python="$python" options="$options"
 }
 mkdir -p "$dir/alone.work" "$dir/cluster.work"
 alone
@@ -55,7 +57,8 @@ cluster() {
     --directory "$dir/cluster.work" --slurm-no-account --slurm-status-command squeue --latency-wait 10 \
     --slurm-init-seconds-before-status-checks 2 --seconds-between-status-checks 2 --config \
     slides="$dir/slides/slides.csv" encoder="$dir/model.pt" classifier="$dir/classifier.pt" out="$dir/cluster" \
-    chunks=4 tile_size=96 threads=1 mem_mb=1000 python="$python" > "$dir/snakemake.log" 2>&1
+    chunks=4 tile_size=96 threads=1 mem_mb=1000 python="$python" \
+    options="$options" > "$dir/snakemake.log" 2>&1
 }
 cluster & workflow=$!
 "$python" "$here/check.py" disturb "$dir" "$workflow"

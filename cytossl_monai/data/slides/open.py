@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from cytossl_monai.data.slides.formats import advice
 from cytossl_monai.data.slides.probes import is_tiff, probe, probes_agree, truncated_tiff
 from cytossl_monai.data.slides.readers.base import Backend, BackendError
 from cytossl_monai.data.slides.readers.openslide import OpenSlideBackend
@@ -114,7 +115,7 @@ def _open_backend(path: Path, backend: str) -> Backend:
         return handle
     raise SlideError(
         f"{path} is not a readable slide or image ({'; '.join(failures) or 'no reader for this format'}); "
-        "check that it opens in a viewer, convert it to pyramidal TIFF, or leave it out."
+        f"{advice(suffix)}."
     )
 
 

@@ -49,7 +49,7 @@ def test_the_new_method_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.M
         ROOT / "configs" / "data" / "images.yaml",
         tmp_path / "toy_method.yaml",
     ]
-    network = sr_vit_tiny(img_size=32, hidden_size=24, mlp_dim=32, num_layers=1, num_heads=3, num_salient=2)
+    network = sr_vit_tiny(img_size=32, hidden_size=24, mlp_dim=32, num_layers=1, num_heads=3, num_keys=2)
     workflow = ConfigWorkflow(
         [str(path) for path in configs],
         workflow_type="train",

@@ -164,3 +164,20 @@ def test_configurations_use_the_public_face():
         if len(name.split(".")) > 3 and "metadata" not in file
     ]
     assert not deep, deep
+
+
+def test_what_scripts_import_exists():
+    """Benchmarks and studies run seldom: a name that moved away would be found by the next who measures."""
+    wrong = []
+    for path in sorted((ROOT / "scripts").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cytossl_monai")):
+                continue
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    try:
+                        importlib.import_module(f"{node.module}.{alias.name}")
+                    except ModuleNotFoundError:
+                        wrong.append(f"{path.relative_to(ROOT)}: {node.module}.{alias.name}")
+    assert not wrong, wrong

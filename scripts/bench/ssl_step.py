@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cytossl_monai import networks
 from cytossl_monai.methods import BYOL, DINO, IBOT, MAE, MoCoV3, SimCLR, SSLMethod
-from cytossl_monai.networks.nets import encoders, sr_transformer
 
 METHODS: dict[str, Callable[..., SSLMethod]] = {
     "simclr": SimCLR,
@@ -34,9 +34,8 @@ LOCAL_CROPS = {"dino": 8, "ibot": 8}
 
 
 def build_encoder(backbone: str) -> nn.Module:
-    module = encoders if backbone == "resnet50" else sr_transformer
-    network = getattr(module, backbone)()
-    return encoders.Encoder(network, pool="mean" if backbone == "resnet50" else "cls")
+    network = getattr(networks, backbone)()
+    return networks.Encoder(network, pool="mean" if backbone == "resnet50" else "cls")
 
 
 def make_views(name: str, batch: int, size: int, device: torch.device) -> dict[str, list[Tensor]]:

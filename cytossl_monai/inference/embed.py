@@ -19,6 +19,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cytossl_monai.data.bags.choice import TileChoice
 from cytossl_monai.data.bags.features import read_feature_attrs, write_features
 from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
 from cytossl_monai.data.slides.cache import SlideCache
@@ -230,6 +231,7 @@ def embed_to_file(
         )
         license = (getattr(encoder, "meta", None) or {}).get("license")
         attrs = {**feature_attributes(slide, index, encoder_id, encoder_name, license), "stored_as": dtype}
+        attrs["scales"] = int(getattr(encoder, "scales", 1))
     write_features(path, features, index.coords, attrs, dtype)
     return features
 
@@ -251,6 +253,8 @@ def embed_slides(
     compile: bool = False,
     shard: Shard = ALL,
     cache: SlideCache | None = None,
+    tiles_per_slide: int | None = None,
+    seed: int = 0,
 ) -> RunReport:
     """Embed many slides; a feature file made from the same slide, index and encoder stays.
 
@@ -273,6 +277,8 @@ def embed_slides(
         compile: see `prepare_encoder`.
         shard: which of the slides to do; the report is then ``report.<i>-of-<n>.csv``.
         cache: copies slides ahead to a faster disk.
+        tiles_per_slide: embed so many random tiles of a slide that do not overlap; None: all.
+        seed: of that choice.
 
     Returns:
         the report, written as well.
@@ -287,9 +293,11 @@ def embed_slides(
     warn_of_other_features(folder, encoder_id, encoder_name)
     warned = False
 
+    choose = TileChoice(tiles_per_slide, seed)
+
     def needed(record: SlideRecord) -> bool:
         path = folder / f"{record.slide_id}.h5"
-        return not is_current(path, record.path, _index_of(record, index_folder), encoder_id, dtype)
+        return not is_current(path, record.path, choose(_index_of(record, index_folder)), encoder_id, dtype)
 
     turns = in_turn(records, folder, "embedding", cache, needed)
     quiet = not progress or len(records) < 2
@@ -297,7 +305,7 @@ def embed_slides(
         for record in tqdm(turns, desc="embed", unit="slide", total=len(records), disable=quiet):
             with report.item(record.slide_id) as line:
                 path = folder / f"{record.slide_id}.h5"
-                index = _index_of(record, index_folder)
+                index = choose(_index_of(record, index_folder))
                 line.message = f"{len(index)} tiles"
                 warned = warned or warn_of_tile_size(encoder, index.tile_size, index.mpp)
                 if is_current(path, record.path, index, encoder_id, dtype):
@@ -348,8 +356,10 @@ class FeatureEmbedder:
         inferer: Inferer | None = None,
         weights: str | os.PathLike[str] | None = None,
         shard: str | None = None,
+        two_scales: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.two_scales = two_scales
         self.slides, self.index_dir, self.output_dir = Path(slides), Path(index_dir), Path(output_dir)
         self.encoder, self.weights, self.inferer, self.options = encoder, weights, inferer, kwargs
         self.shard = choose_shard(shard)
@@ -363,6 +373,7 @@ class FeatureEmbedder:
         """
         records = read_slide_table(self.slides)
         encoder, meta = open_encoder(self.encoder, self.weights, self.options.get("device", "cpu"))
+        encoder.scales = 2 if self.two_scales else 1
         name = str(meta["name"])
         report = embed_slides(
             records,

@@ -24,6 +24,7 @@ def bundle_encoder(
     network: nn.Module | None = None,
     device: str | torch.device = "cpu",
     weights: str | os.PathLike[str] | None = None,
+    two_scales: bool = False,
 ) -> Encoder:
     """The ``network_def`` of the bundle: the encoder in ``path``, or where there is none an untrained one.
 
@@ -36,6 +37,7 @@ def bundle_encoder(
         network: the stand-in's network where it is absent; None is ``sr_vit_tiny``.
         device: where to put it.
         weights: the weights' file or folder, where ``path`` is a card.
+        two_scales: embed each tile and its centre, as LESS reads them.
     """
     if weights is not None or Path(path).exists() or Path(path).suffix not in (".pt", ".ts"):
         encoder, _ = open_encoder(path, weights, device)
@@ -43,6 +45,7 @@ def bundle_encoder(
     else:
         encoder = Encoder(network or sr_vit_tiny()).to(device).eval()
         encoder.trained = False  # type: ignore[assignment]
+    encoder.scales = 2 if two_scales else 1
     encoder.source = str(path)  # type: ignore[assignment]
     encoder.register_load_state_dict_pre_hook(_unwrap)
     return encoder

@@ -28,6 +28,9 @@ from .nuclei.regions import RegionRules as RegionRules
 from .tiling.array import LoadSlide as LoadSlide, LoadTile as LoadTile, TileSlide as TileSlide
 from .tiling.dictionary import (
     IterateTiles as IterateTiles,
+    LabelTilesD as LabelTilesD,
+    LabelTilesd as LabelTilesd,
+    LabelTilesDict as LabelTilesDict,
     LoadSlideD as LoadSlideD,
     LoadSlided as LoadSlided,
     LoadSlideDict as LoadSlideDict,
@@ -53,6 +56,9 @@ from .views.generator import ViewGenerator as ViewGenerator
 __all__ = [
     "BatchedNCP",
     "IterateTiles",
+    "LabelTilesD",
+    "LabelTilesDict",
+    "LabelTilesd",
     "LoadNuclei",
     "LoadNucleiD",
     "LoadNucleiDict",

@@ -309,3 +309,18 @@ def test_a_file_of_a_network_of_vectors_may_name_a_pool(tmp_path: Path) -> None:
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(tmp_path / "old.pt")[0](images), encoder(images))
+
+
+def test_two_scales_stand_side_by_side() -> None:
+    encoder = Encoder(SRTransformer(3, 32, 8, 24, 48, 1, 3, class_token=True)).eval()
+    tiles, before = torch.rand(2, 3, 32, 32), encoder.hash
+    one = encoder(tiles)
+    encoder.scales = 2
+    both = encoder(tiles)
+    assert both.shape == (2, encoder.embed_dim) == (2, 48)
+    assert torch.equal(both[:, :24], one)
+    centre = torch.nn.functional.interpolate(tiles[..., 8:24, 8:24], size=(32, 32), mode="bilinear")
+    encoder.scales = 1
+    torch.testing.assert_close(both[:, 24:], encoder(centre))
+    encoder.scales = 2
+    assert encoder.hash != before  # other features: a classifier on one scale refuses them

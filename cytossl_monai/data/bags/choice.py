@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from monai.transforms import MapTransform
 
-__all__ = ["TilesPerSlided", "choose_tiles"]
+from cytossl_monai.data.tiles.index_file import TileIndex
+
+__all__ = ["TileChoice", "TilesPerSlided", "choose_tiles"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,46 @@ def choose_tiles(coords: np.ndarray, size: int, count: int, slide_id: str, seed:
     return np.sort(np.asarray(kept, dtype=np.int64))
 
 
+class TileChoice:
+    """The random tiles of a slide's index that are embedded; the first slide with fewer is named in the log.
+
+    Args:
+        tiles_per_slide: how many; None keeps all.
+        seed: same seed, same tiles.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+
+    def __init__(self, tiles_per_slide: int | None = 100, seed: int = 0) -> None:
+        if tiles_per_slide is not None and tiles_per_slide < 1:
+            raise ValueError(f"tiles_per_slide must be at least 1, got {tiles_per_slide}")
+        self.tiles_per_slide, self.seed = tiles_per_slide, seed
+        self._told = False
+
+    def rows(self, coords: np.ndarray, size: int, slide_id: str) -> np.ndarray:
+        """Row numbers of the tiles to keep; see :func:`choose_tiles`."""
+        if self.tiles_per_slide is None:
+            return np.arange(len(coords))
+        rows = choose_tiles(coords, size, self.tiles_per_slide, slide_id, self.seed)
+        if len(rows) < self.tiles_per_slide and not self._told:
+            self._told = True
+            logger.warning(
+                "slide %s has %d tiles, fewer than tiles_per_slide %d: all are taken, and so of others like it",
+                slide_id,
+                len(rows),
+                self.tiles_per_slide,
+            )
+        return rows
+
+    def __call__(self, index: TileIndex) -> TileIndex:
+        """The index of the tiles to keep."""
+        if self.tiles_per_slide is None:
+            return index
+        rows = self.rows(index.coords, int(index.table["size"].max()), index.slide_id)
+        return TileIndex(index.table.iloc[rows], index.meta)
+
+
 class TilesPerSlided(MapTransform):
     """Keep ``tiles_per_slide`` random tiles of a bag that do not overlap, the same ones each time.
 
@@ -77,27 +119,13 @@ class TilesPerSlided(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if tiles_per_slide is not None and tiles_per_slide < 1:
-            raise ValueError(f"tiles_per_slide must be at least 1, got {tiles_per_slide}")
-        self.tiles_per_slide, self.seed = tiles_per_slide, seed
-        self._told = False
+        self.choice = TileChoice(tiles_per_slide, seed)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Item with all tiles -> item with some."""
         item = dict(data)
-        if self.tiles_per_slide is None:
-            return item
         coords = np.asarray(item["coords"])
-        size = int(item.get("tile_size") or 0)
-        rows = choose_tiles(coords, size, self.tiles_per_slide, str(item["slide_id"]), self.seed)
-        if len(rows) < self.tiles_per_slide and not self._told:
-            self._told = True
-            logger.warning(
-                "slide %s has %d tiles, fewer than tiles_per_slide %d: all are taken, and so of others like it",
-                item["slide_id"],
-                len(rows),
-                self.tiles_per_slide,
-            )
+        rows = self.choice.rows(coords, int(item.get("tile_size") or 0), str(item["slide_id"]))
         if len(rows) < len(coords):
             for key in self.key_iterator(item):
                 item[key] = item[key][torch.from_numpy(rows)]

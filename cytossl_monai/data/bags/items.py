@@ -121,7 +121,7 @@ def bag_encoder(items: Sequence[Item]) -> dict[str, Any]:
     """The encoder that made the features of all items.
 
     Returns:
-        ``hash`` (None when no file says), ``name`` and ``dim``.
+        ``hash`` and ``scales`` (None when no file says; 2: tile and centre side by side), ``name`` and ``dim``.
 
     Raises:
         FeatureError: when two files come from different encoders or differ in width.
@@ -131,6 +131,7 @@ def bag_encoder(items: Sequence[Item]) -> dict[str, Any]:
     for item in items:
         attrs = read_feature_attrs(item["features"])
         mine = {"hash": attrs.get("encoder"), "name": attrs.get("encoder_name"), "dim": int(attrs["shape"][1])}
+        mine["scales"] = None if attrs.get("scales") is None else int(attrs["scales"])
         if not found:
             found, first = mine, item["features"]
         elif mine["dim"] != found["dim"] or mine["hash"] != found["hash"]:

@@ -17,7 +17,8 @@ __all__ = ["LoadBagd", "RandTileDropoutd", "RandTileSampled"]
 
 
 class LoadBagd(MapTransform):
-    """Read a feature file: ``features`` becomes (N, D) float32, ``coords`` (N, 2) int64 is added.
+    """Read a feature file: ``features`` becomes (N, D) float32, ``coords`` (N, 2) int64 and ``tile_size``
+    (side of a tile in their units, 0 where the file does not say) are added.
 
     Args:
         keys: keys with paths of feature files.
@@ -53,6 +54,7 @@ class LoadBagd(MapTransform):
                 )
             item[key] = torch.from_numpy(bag.features)
             item["coords"] = torch.from_numpy(bag.coords)
+            item["tile_size"] = int(bag.attrs.get("patch_size_level0") or 0)
             item["feature_path"] = str(path)
         return item
 

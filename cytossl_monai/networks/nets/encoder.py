@@ -42,6 +42,8 @@ class Encoder(nn.Module):
             output shows what the network gives, `forward` raises it.
 
     Attributes:
+        scales: 1, or 2: a tile's vector is then followed by that of its central half, enlarged to the tile's size, as
+            LESS reads them. Set it where tiles are embedded; a network is trained with 1.
         meta: what is known beside the weights, plain data: name, tile size, mpp, licence.
     """
 
@@ -71,6 +73,7 @@ class Encoder(nn.Module):
             raise ValueError(f"mean and std need one number a channel, std above 0; got {list(mean)} and {list(std)}.")
         self.network = network
         self.pool = pool
+        self.scales = 1
         self.meta: dict[str, Any] = {}
         self.input_size = None if input_size is None else int(input_size)
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1))
@@ -81,10 +84,10 @@ class Encoder(nn.Module):
         """Width D of the vectors that `forward` gives: as the network declares it, else found by encoding one image."""
         network, both = self.network, 2 if self.pool == "cls+mean" else 1
         if isinstance(network, SRTransformer):
-            return network.embed_dim * both
+            return network.embed_dim * both * self.scales
         declared = getattr(network, "embed_dim", None)
         if declared is not None:
-            return int(declared) * (both if getattr(network, "has_class_token", False) else 1)
+            return int(declared) * (both if getattr(network, "has_class_token", False) else 1) * self.scales
         modes = [(module, module.training) for module in self.modules()]
         height, width = image_size(network)
         try:
@@ -165,8 +168,18 @@ class Encoder(nn.Module):
             foreground: (B, N) bool of the patches to encode, or None (see `SRTransformer.forward`).
 
         Returns:
-            (B, D) float.
+            (B, D) float; twice as wide where ``scales`` is 2.
         """
+        if self.scales == 1:
+            return self._encode(images, foreground)
+        height, width = images.shape[-2:]
+        top, left = height // 4, width // 4
+        centre = images[..., top : height - top, left : width - left]
+        centre = centre.float() / 255 if centre.dtype == torch.uint8 else centre
+        centre = F.interpolate(centre, size=(height, width), mode="bilinear", align_corners=False).clamp(0, 1)
+        return torch.cat([self._encode(images, foreground), self._encode(centre, None)], dim=1)
+
+    def _encode(self, images: Tensor, foreground: Tensor | None) -> Tensor:
         if not isinstance(self.network, SRTransformer):
             return pool_output(self.network(self.normalise(images)[1]), self.pool, self.network)
         features = self._features(images, foreground=foreground)
@@ -215,7 +228,8 @@ def encoder_hash(encoder: Encoder) -> str:
     else:
         architecture = type(encoder.network).__qualname__
     resized = "" if encoder.input_size is None else f":{encoder.input_size}"
-    return _weights_hash(encoder, f"{encoder.pool}:{architecture}{resized}")
+    scales = "" if encoder.scales == 1 else f":{encoder.scales} scales"
+    return _weights_hash(encoder, f"{encoder.pool}:{architecture}{resized}{scales}")
 
 
 def encoder_hash_0_1(encoder: Encoder) -> str:

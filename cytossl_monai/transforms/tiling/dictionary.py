@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
@@ -9,10 +10,15 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
+from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.transforms.tiling.array import LoadSlide, LoadTile, TileSlide
+from cytossl_monai.utils.errors import TableError
 
 __all__ = [
     "IterateTiles",
+    "LabelTilesD",
+    "LabelTilesDict",
+    "LabelTilesd",
     "LoadSlideD",
     "LoadSlideDict",
     "LoadSlided",
@@ -55,6 +61,52 @@ class LoadSlided(MapTransform):
         mpp = None if given is None or given == "" or np.isnan(float(given)) else float(given)
         for key in self.key_iterator(out):
             out[key] = self.loader(out[key], mpp)
+        return out
+
+
+class LabelTilesd(MapTransform):
+    """Give each tile the label of its slide: 0 for slides of the benign class, 1 for all others.
+
+    Args:
+        slides: slide table with labels.
+        benign: the label of benign slides.
+        keys: key of the slide's name.
+        label_key: where the label goes, int64.
+        allow_missing_keys: see MONAI.
+
+    Raises:
+        TableError: for a cohort without slides of either kind, or a slide without a label.
+    """
+
+    def __init__(
+        self,
+        slides: str | os.PathLike[str],
+        benign: str,
+        keys: KeysCollection = "slide_id",
+        label_key: str = "label",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.label_key = label_key
+        records = read_slide_table(slides)
+        bare = [record.slide_id for record in records if record.label is None]
+        if bare:
+            raise TableError(f"slide {bare[0]} has no label; learning from slide labels needs one for every slide")
+        self.labels = {record.slide_id: int(str(record.label) != str(benign)) for record in records}
+        if len(set(self.labels.values())) < 2:
+            kinds = ", ".join(sorted({str(record.label) for record in records}))
+            raise TableError(
+                f"{slides} has no {'benign' if 0 not in self.labels.values() else 'other'} slides (benign: {benign!r}; "
+                f"the table has {kinds}); VPU learning needs both kinds"
+            )
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the label to a copy of the item."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            if out[key] not in self.labels:
+                raise TableError(f"slide {out[key]} is not in the slide table that labels come from; add it")
+            out[self.label_key] = self.labels[out[key]]
         return out
 
 
@@ -140,3 +192,4 @@ TileSlideD = TileSlideDict = TileSlided
 
 
 LoadTileD = LoadTileDict = LoadTiled
+LabelTilesD = LabelTilesDict = LabelTilesd

@@ -82,12 +82,21 @@ class Ours(nn.Module):
         return self.inner(x, TokenLayout(x.shape[0], (self.side, self.side), 1))
 
 
+class Published(Ours):
+    """The paper's attention: of each row the 16 largest scores, the class token's too; iRPE on q, k and v."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__(side, "topk", {**RPE, "on": "qkv"})
+        self.inner.num_keys, self.inner.sparse_prefix = 16, True
+
+
 CASES: dict[str, Callable[[int], nn.Module]] = {
     "dense SDPA, no iRPE": lambda side: DenseSDPA(),
     "dense, materialised iRPE": MaterialisedBias,
     "MONAI SABlock": lambda side: SABlock(WIDTH, HEADS, qkv_bias=True),
     "ours: none + iRPE": lambda side: Ours(side, "none"),
     "ours: topk 0.5 + iRPE": lambda side: Ours(side, "topk"),
+    "ours: topk 16 + iRPE qkv (published)": lambda side: Published(side),
     "ours: routed + iRPE": lambda side: Ours(side, "routed"),
     "ours: routed, no iRPE": lambda side: Ours(side, "routed", None),
 }

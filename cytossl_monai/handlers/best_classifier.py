@@ -7,6 +7,7 @@ import csv
 import logging
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
 from cytossl_monai.engines.mil.trainer import BagMetric
-from cytossl_monai.metrics.calibration import fit_temperature
+from cytossl_monai.metrics.calibration import class_shares, fit_calibration
 from cytossl_monai.networks.files import save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
+from cytossl_monai.networks.mil.targets import prior_shift
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import atomic_path
 
@@ -38,7 +40,10 @@ class BestClassifier:
         path: the classifier file.
         patience: epochs without improvement before training ends; None never ends it early.
         min_epochs: epochs before training may end.
-        calibrate: fit the temperature on the validation slides.
+        calibrate: fit temperature and bias on the validation slides.
+        prior: ``seen`` and ``cohort`` of ``training_prior``: the bias is drawn to what takes the balanced draw of
+            training back, and the probabilities stand for the cohort's shares. None: the validation slides alone.
+        prevalence: (C,) shares of the classes where the classifier will be used; None: those of the cohort.
         log_path: CSV with one line an epoch; None: none.
     """
 
@@ -51,9 +56,12 @@ class BestClassifier:
         min_epochs: int = 10,
         calibrate: bool = True,
         log_path: str | os.PathLike[str] | None = None,
+        prior: Mapping[str, torch.Tensor] | None = None,
+        prevalence: Sequence[float] | None = None,
     ) -> None:
         self.evaluator, self.classifier, self.path = evaluator, classifier, Path(path)
         self.patience, self.min_epochs, self.calibrate = patience, min_epochs, calibrate
+        self.prior, self.prevalence = prior, prevalence
         self.log_path = None if log_path is None else Path(log_path)
         self.best: dict[str, Any] = {"auc": -math.inf, "loss": math.inf, "epoch": 0}
         self.history: list[dict[str, float]] = []
@@ -102,8 +110,8 @@ class BestClassifier:
         if self._state is None or self._logits is None:
             return
         self.classifier.network.load_state_dict(self._state)
-        temperature = fit_temperature(*self._logits, self.classifier.target) if self.calibrate else 1.0
-        self.classifier.temperature.fill_(temperature)
+        if self.calibrate:
+            self._calibrate(*self._logits)
         self.classifier.trained = True
         self.classifier.meta |= {"validation": dict(self.best), "n_epochs": len(self.history)}
         save_classifier(self.path, self.classifier)
@@ -114,3 +122,18 @@ class BestClassifier:
                 writer.writerows(self.history)
         logger.info("best epoch %(epoch)d: validation AUC %(auc).3f, loss %(loss).3f", self.best)
         self._state = None  # COMPLETED also fires after TERMINATE: write once
+
+    def _calibrate(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Temperature and bias of the best epoch, and the prevalence that the probabilities stand for."""
+        classifier, target = self.classifier, self.classifier.target
+        shares = class_shares(labels.numpy(), target, len(classifier.classes))
+        shift, cohort = None, shares
+        if self.prior is not None:
+            cohort = self.prior["cohort"]
+            shift = prior_shift(self.prior["seen"], cohort, target)
+        temperature, bias = fit_calibration(logits, labels, target, shift)
+        classifier.temperature.fill_(temperature)
+        classifier.bias.copy_(bias)
+        classifier.prevalence.copy_(cohort)
+        if self.prevalence is not None:
+            classifier.set_prevalence(self.prevalence)

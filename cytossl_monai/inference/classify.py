@@ -14,7 +14,7 @@ import torch
 
 from cytossl_monai.networks.files import load_classifier, require_trained
 from cytossl_monai.networks.mil.classifier import MILClassifier
-from cytossl_monai.networks.mil.targets import class_probabilities, decide
+from cytossl_monai.networks.mil.targets import decide
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
 from cytossl_monai.utils.files import sha256_file
 from cytossl_monai.visualize.heatmap import display_scale
@@ -78,6 +78,7 @@ class SlideClassifier:
         device: where to compute.
         negative_class: the class that means "nothing suspicious"; None looks for one of ``NEGATIVE_NAMES``, else
             takes the first.
+        prevalence: share of each class where the slides come from; None: those that the classifier was trained for.
 
     Raises:
         CheckpointError: when a file cannot be loaded, or the files have different classes or encoders.
@@ -88,6 +89,7 @@ class SlideClassifier:
         paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         device: str | torch.device = "cpu",
         negative_class: str | None = None,
+        prevalence: Sequence[float] | None = None,
     ) -> None:
         files = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
         if not files:
@@ -97,6 +99,11 @@ class SlideClassifier:
         for file in files:
             member = load_classifier(file, device)
             require_trained(member, file)
+            if prevalence is not None:
+                try:
+                    member.set_prevalence(prevalence)
+                except ValueError as error:
+                    raise CheckpointError(f"{file}: {error}") from error
             self.members.append(member)
         first = self.members[0]
         for file, member in zip(files, self.members):
@@ -185,7 +192,7 @@ class SlideClassifier:
         parts = []
         for start in range(0, len(values), _TILE_BATCH):
             output = member.network(values[start : start + _TILE_BATCH, None])
-            parts.append(class_probabilities(output.logits / member.temperature, member.target).double().cpu().numpy())
+            parts.append(member.probabilities(output.logits).double().cpu().numpy())
         return np.concatenate(parts)
 
     def _label(self, probabilities: np.ndarray) -> str:

@@ -66,6 +66,7 @@ class SlideEvidence(Transform):
         top_tiles: tiles in gallery and report.
         overview_size: longer side of the slide's picture in the report, pixels.
         negative_class: class that means "nothing suspicious"; None finds it by its name (see `SlideClassifier`).
+        prevalence: share of each class where the slides come from; None: those the classifier was trained for.
         device: where to classify.
 
     Raises:
@@ -80,6 +81,7 @@ class SlideEvidence(Transform):
         top_tiles: int = 20,
         overview_size: int = 3000,
         negative_class: str | None = None,
+        prevalence: Sequence[float] | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         unknown = [name for name in files if name not in EVIDENCE]
@@ -89,7 +91,7 @@ class SlideEvidence(Transform):
             raise ValueError(f"top_tiles ({top_tiles}) must be >= 1 and overview_size ({overview_size}) >= 256")
         self.paths, self.output_dir = classifier, Path(output_dir)
         self.files, self.top_tiles, self.overview_size = list(files), top_tiles, overview_size
-        self.negative_class, self.device = negative_class, device
+        self.negative_class, self.prevalence, self.device = negative_class, prevalence, device
         self.classifier: SlideClassifier | None = None
         self.encoder: dict[str, Any] = {}
         self._hash = ""
@@ -100,7 +102,7 @@ class SlideEvidence(Transform):
         Raises:
             CheckpointError: when the classifier cannot be loaded or was trained on another encoder.
         """
-        self.classifier = SlideClassifier(self.paths, self.device, self.negative_class)
+        self.classifier = SlideClassifier(self.paths, self.device, self.negative_class, self.prevalence)
         self._hash = self.classifier.hash
         meta = getattr(encoder, "meta", {}) or {}
         self.encoder = {
@@ -130,7 +132,7 @@ class SlideEvidence(Transform):
             "index": index_hash(item["index"]) if "index" in item else None,
             "encoder": self.encoder["hash"],
             "classifier": self._hash,
-            "settings": [self.top_tiles, self.overview_size, self.negative_class],
+            "settings": [self.top_tiles, self.overview_size, self.negative_class, self.prevalence],
         }
 
     def current(self, item: Mapping[str, Any]) -> str | None:

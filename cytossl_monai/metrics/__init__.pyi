@@ -2,7 +2,9 @@ from .bootstrap import bootstrap_intervals as bootstrap_intervals
 from .calibration import (
     brier_score as brier_score,
     expected_calibration_error as expected_calibration_error,
+    fit_calibration as fit_calibration,
     fit_temperature as fit_temperature,
+    training_prior as training_prior,
 )
 from .classification import classification_metrics as classification_metrics
 from .knn import knn_predict as knn_predict
@@ -20,6 +22,7 @@ __all__ = [
     "brier_score",
     "classification_metrics",
     "expected_calibration_error",
+    "fit_calibration",
     "fit_temperature",
     "group_folds",
     "knn_predict",
@@ -31,4 +34,5 @@ __all__ = [
     "paired_difference",
     "read_log",
     "scalars",
+    "training_prior",
 ]

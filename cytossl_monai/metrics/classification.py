@@ -18,6 +18,7 @@ __all__ = [
     "quadratic_kappa",
     "roc_curve",
     "sensitivity_at_specificity",
+    "specificity_at_sensitivity",
 ]
 
 
@@ -68,7 +69,10 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def sensitivity_at_specificity(labels: np.ndarray, scores: np.ndarray, specificity: float = 0.95) -> float:
-    """Highest sensitivity of a threshold that keeps at least this specificity.
+    """Highest sensitivity of a threshold that keeps at least this specificity: a point of the ROC curve.
+
+    The threshold is found on the slides that it is judged on: it says what the scores could do, not what a classifier
+    does at a threshold chosen before. ``recall`` and ``specificity`` say that, at the decision.
 
     Args:
         labels: (n,) 0 and 1.
@@ -83,6 +87,26 @@ def sensitivity_at_specificity(labels: np.ndarray, scores: np.ndarray, specifici
         return float("nan")
     false, true, _ = roc_curve(labels, scores)
     return float(true[false <= 1.0 - specificity + 1e-12].max())
+
+
+def specificity_at_sensitivity(labels: np.ndarray, scores: np.ndarray, sensitivity: float = 0.95) -> float:
+    """Highest specificity of a threshold that finds at least this share of the positives: the question of a screening.
+
+    A point of the ROC curve as well; see ``sensitivity_at_specificity``.
+
+    Args:
+        labels: (n,) 0 and 1.
+        scores: (n,) float.
+        sensitivity: in [0, 1].
+
+    Returns:
+        in [0, 1]; NaN when one class is absent.
+    """
+    labels = np.asarray(labels, dtype=bool)
+    if labels.all() or not labels.any():
+        return float("nan")
+    false, true, _ = roc_curve(labels, scores)
+    return float(1.0 - false[true >= sensitivity - 1e-12].min())
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
@@ -205,12 +229,12 @@ def classification_metrics(
         labels: (n,) classes or (n, C) findings.
         probabilities: (n, C).
         target: "multiclass", "ordinal" or "multilabel".
-        specificity: for the sensitivity.
+        specificity: for the sensitivity, and the sensitivity for the specificity.
 
     Returns:
-        ``accuracy, balanced_accuracy, auc, recall, precision, specificity, f1, sensitivity_at_95_specificity`` (named
-        by the specificity), for ``ordinal`` also ``quadratic_kappa``. AUC and sensitivity are means over
-        ``one_vs_rest``; NaN where a class is absent.
+        ``accuracy, balanced_accuracy, auc, recall, precision, specificity, f1``, ``sensitivity_at_95_specificity`` and
+        ``specificity_at_95_sensitivity`` (named by the share; points of the ROC curve), for ``ordinal`` also
+        ``quadratic_kappa``. AUC and the last two are means over ``one_vs_rest``; NaN where a class is absent.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     predicted = decisions(probabilities, target)
@@ -229,6 +253,9 @@ def classification_metrics(
             np.mean([sensitivity_at_specificity(*question, specificity=specificity) for question in questions])
         ),
     }
+    result[f"specificity_at_{round(100 * specificity)}_sensitivity"] = float(
+        np.mean([specificity_at_sensitivity(*question, sensitivity=specificity) for question in questions])
+    )
     if target == "ordinal":
         result["quadratic_kappa"] = quadratic_kappa(labels, predicted, count)
     return result

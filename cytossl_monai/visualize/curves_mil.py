@@ -11,10 +11,11 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cytossl_monai.metrics.calibration import reliability_bins
 from cytossl_monai.metrics.classification import auc, confusion_matrix, one_vs_rest, roc_curve
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["plot_confusion_matrix", "plot_few_shot", "plot_roc"]
+__all__ = ["plot_confusion_matrix", "plot_few_shot", "plot_reliability", "plot_roc"]
 
 
 def plot_roc(
@@ -57,6 +58,36 @@ def plot_roc(
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set_title(f"ROC, {len(labels)} slides")
     axes.legend(loc="lower right", frameon=False)
+    return _save(figure, path)
+
+
+def plot_reliability(
+    path: str | os.PathLike[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+) -> Path:
+    """Draw the reliability diagram as PNG: of each class the share of slides against the probability said.
+
+    Points on the diagonal are what was promised; one above it was understated. Their areas grow with the slides.
+
+    Args:
+        path: PNG file.
+        labels: (n,) classes or (n, C) findings.
+        probabilities: (n, C).
+        classes: names of the C classes; of two the second is drawn.
+    """
+    labels = np.asarray(labels)
+    truth = labels if labels.ndim == 2 else np.eye(len(classes))[labels]
+    figure = Figure(figsize=(5, 5), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
+    for c in range(1 if labels.ndim == 1 and len(classes) == 2 else 0, len(classes)):
+        points = reliability_bins(truth[:, c], probabilities[:, c])
+        gap = float((probabilities[:, c] - truth[:, c]).mean())
+        (line,) = axes.plot(points[:, 0], points[:, 1], linewidth=1.2, label=f"{classes[c]}: mean {gap:+.3f}")
+        axes.scatter(points[:, 0], points[:, 1], s=10 + 200 * points[:, 2] / len(labels), color=line.get_color())
+    axes.set(xlabel="probability", ylabel="share of slides", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axes.set_title(f"Reliability, {len(labels)} slides")
+    axes.legend(loc="upper left", frameon=False)
     return _save(figure, path)
 
 

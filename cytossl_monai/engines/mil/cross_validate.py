@@ -88,6 +88,7 @@ def _run_fold(fold: _Fold) -> int:
             "probabilities": probabilities.astype(float).tolist(),
             "logits": logits.double().tolist(),
             "temperature": float(classifier.temperature),
+            "bias": classifier.bias.tolist(),
             "validation": classifier.meta.get("validation"),
         },
     )
@@ -246,7 +247,12 @@ def _train_and_judge(
     auc = intervals["auc"]
     members = [load_classifier(Path(job.folder) / "model.pt") for job in jobs]
     ensemble = MILClassifier(
-        MILEnsemble([m.network for m in members], target, [float(m.temperature) for m in members]),
+        MILEnsemble(
+            [m.network for m in members],
+            target,
+            [float(m.temperature) for m in members],
+            [m.bias.tolist() for m in members],
+        ),
         members[0].classes,
         target,
         encoder=made_by,

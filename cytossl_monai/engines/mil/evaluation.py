@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from cytossl_monai.metrics.bootstrap import Interval, bootstrap_intervals
-from cytossl_monai.metrics.calibration import brier_score, expected_calibration_error
+from cytossl_monai.metrics.calibration import brier_score, classwise_calibration_error, expected_calibration_error
 from cytossl_monai.metrics.classification import classification_metrics, decisions
 from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.files import atomic_path, write_json
-from cytossl_monai.visualize.curves_mil import plot_confusion_matrix, plot_roc
+from cytossl_monai.visualize.curves_mil import plot_confusion_matrix, plot_reliability, plot_roc
 
 __all__ = ["prediction_table", "write_evaluation"]
 
@@ -60,7 +60,7 @@ def write_evaluation(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Write ``predictions.csv``, ``metrics.json``, ``roc.png`` and ``confusion_matrix.png``.
+    """Write ``predictions.csv``, ``metrics.json``, ``roc.png``, ``confusion_matrix.png``, ``reliability.png``.
 
     Args:
         output_dir: where to.
@@ -74,7 +74,8 @@ def write_evaluation(
         seed: of the bootstrap.
 
     Returns:
-        the figures of ``classification_metrics`` and ``ece``, ``brier``, with 95 % intervals.
+        the figures of ``classification_metrics`` and ``ece`` (of the top label), ``ece_classwise``, ``brier`` and
+        ``prevalence_gap_<class>``, the mean probability of a class less its share, with 95 % intervals.
     """
     folder = Path(output_dir)
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
@@ -84,7 +85,9 @@ def write_evaluation(
         return {
             **classification_metrics(y, p, target),
             "ece": expected_calibration_error(y, p),
+            "ece_classwise": classwise_calibration_error(y, p),
             "brier": brier_score(y, p),
+            **_prevalence_gaps(y, p, classes),
         }
 
     strata = labels if labels.ndim == 1 else labels.any(axis=1).astype(int)
@@ -96,6 +99,7 @@ def write_evaluation(
     plot_confusion_matrix(folder / "confusion_matrix.png", labels, predicted, classes)
     if plot_roc(folder / "roc.png", labels, probabilities, classes, target) is None:
         logger.warning("no ROC curve: the slides hold one class only")
+    plot_reliability(folder / "reliability.png", labels, probabilities, classes)
     summary = {
         "n_slides": len(labels),
         "n_patients": len(set(patients)),
@@ -107,3 +111,11 @@ def write_evaluation(
     for name, interval in intervals.items():
         logger.info("%s: %s", name, interval)
     return intervals
+
+
+def _prevalence_gaps(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Mean predicted minus observed share of each class; the second of two says the first."""
+    truth = labels if labels.ndim == 2 else np.eye(len(classes))[labels]
+    gaps = (probabilities - truth).mean(axis=0)
+    first = 1 if labels.ndim == 1 and len(classes) == 2 else 0
+    return {f"prevalence_gap_{name}": float(gaps[c]) for c, name in enumerate(classes) if c >= first}

@@ -22,6 +22,7 @@ class MILEnsemble(MILModel):
         members: ``{"_target_": ..., **arguments}`` of every member's network, or the networks.
         target: kind of target.
         temperatures: of the members; None: all 1.
+        biases: (C,) of each member, see ``MILClassifier``; None: none.
 
     Raises:
         ValueError: without members, or when they differ in width or outputs.
@@ -32,6 +33,7 @@ class MILEnsemble(MILModel):
         members: Sequence[Mapping[str, Any] | MILModel],
         target: str = "multiclass",
         temperatures: Sequence[float] | None = None,
+        biases: Sequence[Sequence[float]] | None = None,
     ) -> None:
         from cytossl_monai.networks.build import build_network
 
@@ -49,6 +51,15 @@ class MILEnsemble(MILModel):
         self.register_buffer("temperatures", torch.tensor(list(temperatures or [1.0] * len(networks))))
         if len(self.temperatures) != len(networks):
             raise ValueError(f"{len(networks)} members but {len(self.temperatures)} temperatures")
+        classes = self.n_outputs + int(target == "ordinal")
+        self.biases: Tensor
+        self.register_buffer("biases", torch.zeros(len(networks), classes))
+        if biases is not None:
+            self.biases.copy_(torch.tensor([list(bias) for bias in biases]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.setdefault(prefix + "biases", torch.zeros_like(self.biases))  # files of before they were kept
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> MILOutput:
         """See ``MILModel.forward``."""
@@ -59,7 +70,7 @@ class MILEnsemble(MILModel):
         scores: list[Tensor] = []
         for i, member in enumerate(self.members):
             output = member(features, mask)
-            probabilities.append(class_probabilities(output.logits / self.temperatures[i], self.target))
+            probabilities.append(class_probabilities(output.logits / self.temperatures[i], self.target, self.biases[i]))
             if output.attention is not None:
                 attention.append(output.attention)
             if output.scores is not None:
@@ -84,7 +95,12 @@ class MILEnsemble(MILModel):
         from cytossl_monai.networks.build import network_config
 
         members = [network_config(member) for member in self.members if isinstance(member, MILModel)]
-        return {"members": members, "target": self.target, "temperatures": self.temperatures.tolist()}
+        return {
+            "members": members,
+            "target": self.target,
+            "temperatures": self.temperatures.tolist(),
+            "biases": self.biases.tolist(),
+        }
 
 
 def average_probabilities(probabilities: Tensor, target: str) -> Tensor:

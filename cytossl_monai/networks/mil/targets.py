@@ -6,7 +6,16 @@ from torch.nn import functional as F
 
 from cytossl_monai.networks.mil.base import MILModel, MILOutput
 
-__all__ = ["TARGETS", "MILLoss", "class_probabilities", "decide", "indicator", "n_outputs", "target_loss"]
+__all__ = [
+    "TARGETS",
+    "MILLoss",
+    "class_probabilities",
+    "decide",
+    "indicator",
+    "n_outputs",
+    "prior_shift",
+    "target_loss",
+]
 
 TARGETS = ("multiclass", "ordinal", "multilabel")
 """``multiclass``: one class of C (binary is C = 2), softmax. ``ordinal``: one of C ordered grades, by C - 1 conditional
@@ -31,19 +40,50 @@ def n_outputs(target: str, n_classes: int) -> int:
     return n_classes - 1 if target == "ordinal" else n_classes
 
 
-def class_probabilities(logits: Tensor, target: str) -> Tensor:
+def class_probabilities(logits: Tensor, target: str, bias: Tensor | None = None) -> Tensor:
     """Probabilities (B, C) of logits (B, K).
 
     ``ordinal``: logit k gives P(y > k | y >= k); their running product is P(y > k), which can only fall with k, and
     its differences are the probabilities of the grades. Rows of ``multiclass`` and ``ordinal`` sum to one.
+
+    Args:
+        logits: (B, K).
+        target: the kind of target.
+        bias: (C,) what is added to the logarithm of each class' probability (``multilabel``: to each finding's logit)
+            before rows are made to sum to one. The change of a prior is such a bias; see ``prior_shift``.
     """
     if target == "multiclass":
-        return torch.softmax(logits, dim=-1)
+        return torch.softmax(logits if bias is None else logits + bias, dim=-1)
     if target == "multilabel":
-        return torch.sigmoid(logits)
+        return torch.sigmoid(logits if bias is None else logits + bias)
     above = torch.cumprod(torch.sigmoid(logits), dim=-1)
     ends = torch.ones_like(above[:, :1])
-    return torch.cat([ends, above], dim=-1) - torch.cat([above, torch.zeros_like(ends)], dim=-1)
+    grades = torch.cat([ends, above], dim=-1) - torch.cat([above, torch.zeros_like(ends)], dim=-1)
+    if bias is None:
+        return grades
+    weighted = grades * torch.exp(bias)
+    return weighted / weighted.sum(dim=-1, keepdim=True)
+
+
+def prior_shift(before: Tensor, after: Tensor, target: str) -> Tensor:
+    """The bias (C,) that takes probabilities from one prior to another, by Bayes' rule.
+
+    Args:
+        before: (C,) share of each class (``multilabel``: of the slides with each finding) that the logits stand for.
+        after: (C,) those that the probabilities are to stand for.
+        target: the kind of target.
+
+    Raises:
+        ValueError: when a share does not lie strictly between 0 and 1, or lengths differ.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"priors of {len(before)} and {len(after)} classes")
+    both = torch.stack([before, after]).double()
+    if not bool(((both > 0) & (both < 1)).all()):
+        raise ValueError(f"shares must lie between 0 and 1, got {before.tolist()} and {after.tolist()}")
+    if target == "multilabel":
+        return torch.logit(after.double()) - torch.logit(before.double())
+    return torch.log(after.double()) - torch.log(before.double())
 
 
 def indicator(labels: Tensor, target: str, outputs: int) -> Tensor:

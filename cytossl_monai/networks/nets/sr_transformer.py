@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cytossl_monai.networks.blocks.attention.reference import open_share
 from cytossl_monai.networks.blocks.background import foreground_patches
 from cytossl_monai.networks.blocks.irpe import RPEConfig
 from cytossl_monai.networks.blocks.patch_embedding import PatchEmbedding
@@ -32,6 +34,10 @@ __all__ = [
 PATCH_EMBEDDINGS = ("patch", "stem")
 
 RPEArgument = RPEConfig | Mapping[str, Any] | str | None
+
+
+_NEARLY_DENSE = 0.9
+"""Share of open pairs above which a network that is asked for sparse attention is told that it is not."""
 
 
 class Features(NamedTuple):
@@ -172,6 +178,12 @@ class SRTransformer(nn.Module):
         sparsities = _per_layer(sparsity, num_layers, "sparsity")
         if "routed" in sparsities and num_salient > rows * cols:
             raise ValueError(f"num_salient {num_salient} exceeds the {rows * cols} patches of a {rows} x {cols} grid.")
+        if "routed" in sparsities and (share := open_share((rows, cols), num_salient, window)) > _NEARLY_DENSE:
+            warnings.warn(
+                f"routed attention leaves {share:.0%} of the pairs of a {rows} x {cols} grid open with window {window} "
+                f"and {num_salient} salient patches: that is dense attention. Take smaller ones, or sparsity 'none'.",
+                stacklevel=2,
+            )
 
         has_topk = "topk" in sparsities and num_keys is not None
         self.least_tokens = int(num_keys or 0) if has_topk else 0  # of an image that is encoded whole

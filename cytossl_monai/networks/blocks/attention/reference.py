@@ -10,7 +10,7 @@ from torch import Tensor
 from cytossl_monai.networks.blocks.irpe import IRPE, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
-__all__ = ["attention_mask", "num_kept", "reference_attention", "salience", "salient_positions"]
+__all__ = ["attention_mask", "num_kept", "open_share", "reference_attention", "salience", "salient_positions"]
 
 
 def num_kept(keep_ratio: float, tokens: int, num_keys: int | None = None) -> int:
@@ -27,6 +27,24 @@ def num_kept(keep_ratio: float, tokens: int, num_keys: int | None = None) -> int
     if num_keys is not None:
         return max(1, min(num_keys, tokens))
     return max(1, math.ceil(keep_ratio * tokens - 1e-9))
+
+
+def open_share(grid: tuple[int, int], num_salient: int, window: int) -> float:
+    """Share of the pairs of patches that routed attention leaves open, where any patch is as likely a salient one.
+
+    On a small grid a window of three and 32 salient patches see nearly all: figures of such a network are those of
+    dense attention, at a higher price.
+
+    Args:
+        grid: rows and columns of patches.
+        num_salient: patches that every patch sees.
+        window: rows and columns that a patch sees on each side.
+    """
+    near = 1.0
+    for length in grid:
+        seen = sum(min(place + window, length - 1) - max(place - window, 0) + 1 for place in range(length))
+        near *= seen / length**2
+    return near + (1.0 - near) * min(1.0, num_salient / (grid[0] * grid[1]))
 
 
 def salience(query: Tensor, key: Tensor, num_prefix: int, has_class_token: bool, key_mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from .mil.trainer import (
     prepare_bags as prepare_bags,
     standardise as standardise,
 )
+from .settings.check import check_settings as check_settings
 from .ssl.optim import LARS as LARS, build_optimizer as build_optimizer
 from .ssl.precision import fast_precision as fast_precision
 from .ssl.schedules import WarmupCosine as WarmupCosine
@@ -30,6 +31,7 @@ __all__ = [
     "bag_loader",
     "build_optimizer",
     "bundle_root",
+    "check_settings",
     "class_weights",
     "cross_validate",
     "fast_precision",

@@ -8,11 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from cytossl_monai.utils.errors import InputError
 
-__all__ = ["as_data", "bundle_root", "run_training", "training_files"]
+__all__ = [
+    "as_data",
+    "bundle_root",
+    "config_folder",
+    "data_of",
+    "reading_parser",
+    "run_training",
+    "training_files",
+]
 
 
 class _Data:
@@ -44,6 +52,30 @@ def as_data(value: Any) -> dict[str, Any]:
     return {"_target_": _Data(value)}
 
 
+def data_of(item: Any) -> Any:
+    """What ``as_data`` was given; None for any other item."""
+    target = item.get("_target_") if isinstance(item, Mapping) else None
+    return target.value if isinstance(target, _Data) else None
+
+
+def reading_parser() -> ConfigParser | None:
+    """The parser of the configuration that is being read; None where this is called from elsewhere.
+
+    MONAI hands a component its arguments and nothing else. The parser that calls it stands in the call stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(reader := frame.f_locals.get("self"), ConfigParser):
+            return reader
+        frame = frame.f_back
+    return None
+
+
+def config_folder() -> Path | None:
+    """Folder of the configuration that is being read: of the first of its files; None where MONAI does not say."""
+    return next(_config_folders(Path.cwd()), None)
+
+
 def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
     """Root folder of a bundle.
 
@@ -59,9 +91,9 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
         FileNotFoundError: when it is in none of these; give ``--bundle_root`` then.
     """
     here = Path(cwd) if cwd is not None else Path.cwd()
-    for folder in _config_folders(here):  # a copy may have any name
-        if _is_bundle(folder):
-            return str(folder.resolve())
+    for configs in _config_folders(here):  # a copy may have any name
+        if _is_bundle(configs.parent):
+            return str(configs.parent)
     checkout = Path(__file__).resolve().parents[2] / "bundles"
     for folder in (here, here / name, here / "bundles" / name, checkout / name):
         if _is_bundle(folder) and folder.resolve().name == name:
@@ -74,7 +106,7 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _config_folders(here: Path) -> Iterator[Path]:
-    """Folders above the configurations that are being read, the innermost first.
+    """Folders of the configurations that are being read, the innermost first.
 
     MONAI gives a configuration no way to learn its own path. Who reads it knows: the workflow further up the call
     stack, or the function of ``monai.bundle`` (``ckpt_export``, ``verify_net_in_out`` ...) by its local variable.
@@ -83,12 +115,12 @@ def _config_folders(here: Path) -> Iterator[Path]:
     while frame is not None:
         reader = frame.f_locals.get("self")
         if isinstance(reader, ConfigWorkflow):
-            yield (here / reader.config_root_path).resolve().parent
+            yield (here / reader.config_root_path).resolve()
         elif frame.f_globals.get("__name__") == "monai.bundle.scripts":
             files = frame.f_locals.get("config_file_")
             first = files[0] if isinstance(files, (list, tuple)) and files else files
             if isinstance(first, (str, os.PathLike)):
-                yield (here / first).resolve().parent.parent
+                yield (here / first).resolve().parent
         frame = frame.f_back
 
 

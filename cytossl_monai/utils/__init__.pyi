@@ -12,7 +12,6 @@ from .errors import (
     SlideError as SlideError,
     TableError as TableError,
     TrainingDiverged as TrainingDiverged,
-    plain_errors as plain_errors,
 )
 from .locks import (
     FileLock as FileLock,
@@ -21,6 +20,7 @@ from .locks import (
     item_lock as item_lock,
 )
 from .parallel import run_parallel as run_parallel
+from .program import plain_errors as plain_errors
 from .report import RunReport as RunReport, finish as finish
 from .seeding import seed_all as seed_all
 from .shard import Shard as Shard, choose_shard as choose_shard

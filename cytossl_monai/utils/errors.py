@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
-from types import TracebackType
 
 __all__ = [
     "EXIT_PREEMPTED",
@@ -16,6 +13,7 @@ __all__ = [
     "OutputError",
     "Preempted",
     "RunError",
+    "SettingError",
     "ShardError",
     "SlideError",
     "TableError",
@@ -24,7 +22,6 @@ __all__ = [
     "failure",
     "input_error",
     "plain_cause",
-    "plain_errors",
 ]
 
 
@@ -46,6 +43,10 @@ class FeatureError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint is missing, damaged or made for another architecture."""
+
+
+class SettingError(InputError):
+    """A setting of a configuration is unknown, of another kind, or out of range."""
 
 
 class OutputError(InputError):
@@ -118,21 +119,3 @@ def failure(error: Exception) -> str:
         return f"{error.strerror or error}: {error.filename or ''}".strip(": ")
     logger.error("unexpected error", exc_info=error)
     return f"{type(error).__name__}: {error}; this is a fault of the program, the log has its traceback"
-
-
-def plain_errors() -> None:
-    """End this program with the sentence of an `InputError` that nobody caught, in place of a traceback.
-
-    MONAI's configuration wraps an error several times; the sentence that helps would stand far above the last line. For
-    the ``initialize`` of a bundle: it changes what an uncaught error prints, nothing else. The exit status stays 1.
-    """
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        cause = None if os.environ.get(TRACEBACK) else input_error(error)
-        if cause is None:
-            before(kind, error, trace)
-        else:
-            print(f"error: {cause}\n(set {TRACEBACK}=1 to see where)", file=sys.stderr, flush=True)
-
-    sys.excepthook = hook

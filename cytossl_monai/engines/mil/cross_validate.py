@@ -19,6 +19,7 @@ from cytossl_monai.data.bags.splits import fold_numbers
 from cytossl_monai.engines.bundle import run_training, training_files
 from cytossl_monai.engines.mil.evaluation import write_evaluation
 from cytossl_monai.engines.mil.predict import predict_items
+from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.bootstrap import Interval
 from cytossl_monai.networks.build import network_config
 from cytossl_monai.networks.files import load_classifier, save_classifier
@@ -26,13 +27,17 @@ from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
 from cytossl_monai.networks.open import check_made_by
 from cytossl_monai.utils.errors import CheckpointError, InputError, RunError, TableError, plain_cause
-from cytossl_monai.utils.files import file_fingerprint, sha256_file, write_json
+from cytossl_monai.utils.files import file_fingerprint, require_writable, sha256_file, write_json
 from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
 
 __all__ = ["CrossValidation", "cross_validate"]
 
 logger = logging.getLogger(__name__)
+
+GIVEN = ("slides", "features_dir", "target", "classes", "seed", "output_dir", "model_path", "bundle_root")
+"""Settings of ``train.json`` that the runs of a cross-validation or a few-shot curve are given."""
+_FOLDS = ("n_folds", "fold", "test_fold")
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ def cross_validate(
         figures and predictions.
 
     Raises:
+        SettingError: for overrides or overlays that the training does not know.
         TableError: for folds that cannot be (see ``data.bags.splits``), fewer than three.
         FeatureError: for features that cannot be used.
         CheckpointError: for features of another encoder than the one named.
@@ -164,6 +170,8 @@ def cross_validate(
         LockedError: when another run writes to ``output_dir``.
     """
     output_dir, files = Path(output_dir), training_files(config, overlays)
+    require_writable(output_dir)
+    check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, *_FOLDS))
     items = bag_items(slides, features_dir, target, classes)
     made_by = bag_encoder(items)
     if encoder is not None:

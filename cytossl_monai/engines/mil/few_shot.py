@@ -18,11 +18,13 @@ import torch
 from cytossl_monai.data.bags.items import bag_items
 from cytossl_monai.data.bags.splits import assign_folds
 from cytossl_monai.engines.bundle import run_training, training_files
+from cytossl_monai.engines.mil.cross_validate import GIVEN
 from cytossl_monai.engines.mil.predict import predict_items
+from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.files import load_classifier
 from cytossl_monai.utils.errors import InputError, RunError, TableError, plain_cause
-from cytossl_monai.utils.files import atomic_path, file_fingerprint
+from cytossl_monai.utils.files import atomic_path, file_fingerprint, require_writable
 from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
 from cytossl_monai.visualize.curves_mil import plot_few_shot
@@ -132,6 +134,7 @@ def few_shot_curve(
         the table of ``few_shot.csv``: ``shots, metric, mean, low, high, repeats``.
 
     Raises:
+        SettingError: for overrides or overlays that the training does not know.
         TableError: when a class has too few slides for the largest k.
         InputError: for a ``multilabel`` target, where "k slides a class" has no meaning.
         RunError: when a training failed; the others are kept.
@@ -140,6 +143,8 @@ def few_shot_curve(
     if target == "multilabel":
         raise InputError("few-shot draws k slides of each class; a multilabel target has no classes in that sense")
     folder, files = Path(output_dir), training_files(config, overlays)
+    require_writable(folder)
+    check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, "splits", "patience", "calibrate"))
     items = bag_items(slides, features_dir, target, classes)
     labels = np.array([item["label"] for item in items])
     patients = [item["patient_id"] for item in items]

@@ -18,6 +18,7 @@ import yaml
 
 from cytossl_monai.data.tiles.labelled import LabelledImages
 from cytossl_monai.engines.bundle import run_training
+from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.engines.study.representation import encode, figures_of, labelled_task, probe
 from cytossl_monai.metrics.logged import read_log
 from cytossl_monai.networks.files import build_encoder, load_encoder
@@ -138,7 +139,10 @@ class AblationStudy:
             position = "on" if is_on else "off"
             switches = own.get("switches", {}).get(switch) or self.study["switches"][switch]
             settings.update(switches.get(position) or {})
-        return AblationRun(method, arm, tuple(map(str, files)), {**settings, **self.extra})
+        settings |= self.extra
+        # The study's data_root is not a key of the bundle; its expressions refer to it.
+        check_training(files, {"data_root": str(self.data), **settings}, "cytossl_pretrain/train", ("output_dir",))
+        return AblationRun(method, arm, tuple(map(str, files)), settings)
 
     @property
     def tasks(self) -> list[LabelledImages]:

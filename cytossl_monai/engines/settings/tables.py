@@ -50,6 +50,8 @@ _ENCODE: dict[str, Kind] = {
     "num_threads": Count(null=True, low=1, high=1024),
     "dtype": Choice(among=("float32", "float16")),
     "progress": Switch(),
+    "compile": Switch(),
+    "channels_last": Switch(),
 }
 _PRETRAIN: dict[str, Kind] = {
     "output_dir": _OUT,
@@ -57,6 +59,7 @@ _PRETRAIN: dict[str, Kind] = {
     "dataset_dir": _PATH,
     "labels": _PATH_OR_NULL,
     "labels_mpp": _MPP,
+    "labels_view_mpp": Number(null=True, low=0, high=1000, above=True),
     "checkpoint_dir": _OUT,
     "model_path": _PATH,
     "log_path": _PATH,

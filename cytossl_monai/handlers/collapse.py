@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from ignite.engine import Events
@@ -75,7 +77,8 @@ class CollapseMonitor:
         self.warnings: list[str] = []
 
     def attach(self, engine: SSLTrainer) -> None:
-        """Watch a trainer's steps."""
+        """Watch a trainer's steps; the window of features is part of its checkpoints."""
+        engine.stateful["collapse"] = self
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
 
     def _step(self, engine: SSLTrainer) -> None:
@@ -88,7 +91,7 @@ class CollapseMonitor:
             return
         figures = {}
         if self._pool and sum(map(len, self._pool)) >= 2:
-            features = torch.cat(list(self._pool)).cpu()
+            features = torch.cat([part.cpu() for part in self._pool])
             figures = {"feature_std": feature_spread(features), "rankme": rankme(features)}
             self._judge(engine.state.iteration, figures, min(features.shape))
         if "teacher_entropy" in output and "teacher_spread" in output:
@@ -98,6 +101,14 @@ class CollapseMonitor:
                 self._judge_teacher(engine.state.iteration, entropy, spread)
         if figures:
             engine.report(**figures)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The features of the last steps, oldest first: a resumed run looks at the same window."""
+        return {"features": [part.cpu() for part in self._pool]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the window of the run that is resumed."""
+        self._pool = deque(state["features"])
 
     def _judge(self, step: int, figures: dict[str, float], possible: int) -> None:
         """Say in words what the figures mean."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,7 @@ def _serve(pipe: Connection, function: Callable[[Any], Any], inherited: Sequence
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     # A parent that obeys SIGTERM in its own way (a training run that saves first) passes that way on through a fork.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     torch.set_num_threads(1)
     while True:
         try:
@@ -164,6 +166,14 @@ def _serve(pipe: Connection, function: Callable[[Any], Any], inherited: Sequence
         except Exception as error:  # noqa: BLE001 - every failure of an item is its outcome
             answer = (None, error)
         pipe.send_bytes(_portable(answer))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its workers; none goes on for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _portable(answer: tuple[Any, Exception | None]) -> bytes:

@@ -24,6 +24,7 @@ from cytossl_monai.handlers.signals import PreemptionHandler
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.transforms.views.generator import ViewGenerator
 from cytossl_monai.utils import distributed
+from cytossl_monai.utils.program import plain_errors
 from cytossl_monai.utils.seeding import seed_all
 
 SIZE = 24
@@ -130,7 +131,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--kill-at", type=int, default=0, help="SIGKILL to itself within this step")
     parser.add_argument("--tell", action="store_true", help="print every step, slowly")
+    parser.add_argument("--group", action="store_true", help="join the processes that torchrun started")
     args = parser.parse_args()
+    plain_errors()
+    if args.group:
+        distributed.init_distributed("gloo")
     trainer = make_trainer(args.output, args.steps, args.workers)
     if args.kill_at:
 
@@ -148,6 +153,7 @@ def main() -> None:
             time.sleep(0.1)
 
     trainer.run()
+    distributed.shutdown_distributed()
 
 
 if __name__ == "__main__":

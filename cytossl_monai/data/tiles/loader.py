@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any, Literal
 
 import torch
@@ -27,8 +28,14 @@ def choose_workers(cpus: int | None = None, processes: int | None = None) -> int
 
 
 def _one_thread(worker: int) -> None:
-    """A worker decodes; threads of its own would compete with training."""
+    """A worker decodes; threads of its own would compete with training.
+
+    It ignores SIGTERM, which torchrun and batch systems send to a whole group of processes: workers that died first
+    would take the training process with them before it has saved. PyTorch sets its own handler before this is called.
+    A worker ends when its training process does, whichever way that ends: PyTorch's loader sees to it.
+    """
     del worker
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

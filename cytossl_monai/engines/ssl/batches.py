@@ -1,4 +1,4 @@
-"""Groups of views joined to a batch, a batch of views cut into pieces."""
+"""Groups of views joined to a batch, a batch of views cut into pieces, and how small a batch may be."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["cut_views", "join_views"]
+from cytossl_monai.utils.errors import SettingError
+
+__all__ = ["check_batch", "cut_views", "join_views"]
 
 
 def join_views(drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -41,3 +43,21 @@ def cut_views(views: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
             {k: v[part] if isinstance(v, Tensor) else [element[part] for element in v] for k, v in views.items()}
         )
     return cut
+
+
+def check_batch(method: nn.Module, sampler: Any) -> None:
+    """Refuse to train with batch normalisation on one sample, which has no spread to divide by.
+
+    Args:
+        method: what is trained.
+        sampler: of the batches; one without ``global_batch_size`` is not judged.
+
+    Raises:
+        SettingError: when a batch of all processes is one sample.
+    """
+    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules())
+    if normalised and getattr(sampler, "global_batch_size", None) == 1:
+        raise SettingError(
+            f"batch_size is 1, and {type(method).__name__} normalises over the batch; give at least 2, and "
+            "accumulation_steps to save memory"
+        )

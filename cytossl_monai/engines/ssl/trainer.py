@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from cytossl_monai.data.tiles.dataset import batch_to
 from cytossl_monai.engines.ssl.accumulation import encode_in_pieces
-from cytossl_monai.engines.ssl.batches import cut_views, join_views
+from cytossl_monai.engines.ssl.batches import check_batch, cut_views, join_views
 from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, load_checkpoint
 from cytossl_monai.engines.ssl.optim import clip_gradients, set_hyperparameters
 from cytossl_monai.engines.ssl.protocol import Stateful
@@ -29,6 +29,7 @@ from cytossl_monai.engines.ssl.wrap import unwrap
 from cytossl_monai.methods.base import trained_encoder
 from cytossl_monai.utils.distributed import is_main, rank, world_size
 from cytossl_monai.utils.errors import CheckpointError, TrainingDiverged
+from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.seeding import derive_seed, seed_all
 
 __all__ = ["SSLTrainer"]
@@ -162,6 +163,7 @@ class SSLTrainer(Trainer):
             decollate=False,
         )
         method: Any = unwrap(network)
+        check_batch(method, getattr(train_data_loader, "batch_sampler", None))
         self.method = method
         if channels_last:
             method.to(memory_format=torch.channels_last)
@@ -193,8 +195,14 @@ class SSLTrainer(Trainer):
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:  # type: ignore[override]
-        """Train to the end, from the last checkpoint if there is one."""
-        Workflow.run(self)
+        """Train to the end, from the last checkpoint if there is one. Meanwhile its folder is locked.
+
+        Raises:
+            LockedError: when another run trains in the same folder.
+        """
+        folder = self.checkpoint_dir if is_main() else None
+        with folder_lock(folder, "pretraining") if folder is not None else contextlib.nullcontext():
+            Workflow.run(self)
 
     def _start(self) -> None:
         """Resume, then let the data begin at the step that comes next."""

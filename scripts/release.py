@@ -20,7 +20,7 @@ from pathlib import Path
 
 import cytossl_monai
 from cytossl_monai.networks import load_classifier, load_encoder
-from cytossl_monai.utils import InputError
+from cytossl_monai.utils import InputError, plain_errors
 from cytossl_monai.utils.files import atomic_path, sha256_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +175,7 @@ def build_release(
 
 
 def main() -> None:
+    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
     parser.add_argument("--weights", action="append", default=[], metavar="BUNDLE[/FILE]=PATH")

@@ -27,7 +27,7 @@ from cytossl_monai.data.slides.slide import BACKENDS
 from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagOperator
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
-from cytossl_monai.utils import InputError, RunReport
+from cytossl_monai.utils import InputError, RunReport, plain_errors
 
 # cuCIM 26.10 crashes inside the SDK's runtime, Holoscan 4.6 (segmentation fault in its batched reads): take OpenSlide.
 BACKENDS.pop("cucim", None)
@@ -70,6 +70,7 @@ class CytoSSLApp(Application):
 
 
 def main() -> int:
+    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     environment = os.environ.get
     parser.add_argument("-i", "--input", default=environment("HOLOSCAN_INPUT_PATH"), help="slide, or folder of slides")

@@ -17,12 +17,13 @@ import yaml
 
 from cytossl_monai.engines.study.ablation import ARMS, AblationStudy, read_study
 from cytossl_monai.engines.study.table import markdown_table, write_table
-from cytossl_monai.utils import InputError
+from cytossl_monai.utils import InputError, plain_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
+    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/study/ablation.yaml", help="the study")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data, @data_root in the study")

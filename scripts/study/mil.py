@@ -19,12 +19,14 @@ from cytossl_monai.engines.mil.cross_validate import CrossValidation, cross_vali
 from cytossl_monai.metrics import classification_metrics
 from cytossl_monai.metrics.bootstrap import Interval, bootstrap_metric
 from cytossl_monai.utils.files import atomic_path, write_text
+from cytossl_monai.utils.program import plain_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["mean", "max", "abmil", "abmil_gated", "dsmil", "clam_sb", "clam_mb", "transmil", "dtfd", "monai_att_trans"]
 
 
 def main() -> None:
+    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slides", required=True, help="slide table with labels")
     parser.add_argument("--encoder", action="append", required=True, metavar="NAME=FEATURES_DIR")

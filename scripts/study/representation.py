@@ -42,6 +42,7 @@ from cytossl_monai.networks.files import build_encoder
 from cytossl_monai.networks.open import open_encoder
 from cytossl_monai.transforms.nuclei.instances import segment_instances
 from cytossl_monai.utils.files import file_fingerprint, write_json, write_text
+from cytossl_monai.utils.program import plain_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_MPP = 0.25
@@ -125,6 +126,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
+    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with cells/ and cric/")
     parser.add_argument("--output", type=Path, required=True, help="folder of rows.json and representation.md")

@@ -175,7 +175,8 @@ class AblationStudy:
                 raise InputError(f"{folder} holds a run with other settings; delete it or give another output folder")
         else:
             write_json(made_from, {"fingerprint": run.fingerprint(), "settings": dict(run.settings)})
-        if model.is_file():
+        # A run that lost its curves is started again: it finds itself finished, and writes what is missing.
+        if model.is_file() and ((folder / "curves.png").is_file() or not (folder / "log.csv").is_file()):
             return model
         logger.info("Training %s.", run.name)
         run_training(run.config_files, run.settings, {"output_dir": str(folder), "data_root": str(self.data)})

@@ -13,6 +13,7 @@ from pathlib import Path
 from cytossl_monai import __version__
 from cytossl_monai.cli.settings import check_names, help_text, read_settings
 from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.program import plain_errors
 
 __all__ = ["COMMANDS", "bundle_command", "main"]
 
@@ -192,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script: `main`, and its status as the process's."""
+    plain_errors()
     sys.exit(main())
 
 

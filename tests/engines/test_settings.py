@@ -37,7 +37,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run"])
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     (tmp_path / "slides.csv").write_text("slide_id,path\na,b\n")
-    (tmp_path / "features").mkdir()
+    for name in ("features", "inference"):
+        (tmp_path / name).mkdir()
 
 
 def begin(files: list[Path], **overrides: Any) -> ConfigWorkflow:
@@ -111,7 +112,7 @@ def test_every_plain_setting_is_declared() -> None:
         ({"base_lr": float("nan")}, "base_lr must be a number, above 0"),
         ({"base_lr": "fast"}, "base_lr must be a number"),
         ({"device": "tpu9"}, "device must be a device such as cpu"),
-        ({"optimizer_name": "adam"}, "optimizer_name must be one of adamw, lars, sgd"),
+        ({"optimizer_name": "adamm"}, "optimizer_name must be one of adam, adamw, lars, sgd"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16"),
         ({"epochs": None}, "epochs must be a value, not null"),
         ({"betas": [0.9]}, "betas must be a list of 2"),

@@ -50,6 +50,8 @@ _ENCODE: dict[str, Kind] = {
     "num_threads": Count(null=True, low=1, high=1024),
     "dtype": Choice(among=("float32", "float16")),
     "progress": Switch(),
+    "two_scales": Switch(),
+    "tiles_per_slide": Count(null=True, low=1),
     "compile": Switch(),
     "channels_last": Switch(),
 }
@@ -170,6 +172,9 @@ _MIL: dict[str, Kind] = {
     "tile_dropout": _SHARE,
     "max_tiles": Count(low=1),
     "calibrate": Switch(),
+    "holdout": Number(null=True, low=0, high=1, above=True),
+    "one_class": Switch(),
+    "tiles_per_slide": Count(null=True, low=1),
     # of evaluate.json
     "evaluate_on": Choice(among=("train", "val", "test", "all")),
     "n_resamples": Count(low=1, high=10**7),

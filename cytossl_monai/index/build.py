@@ -19,6 +19,7 @@ from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
+from cytossl_monai.index.damage import find_unreadable
 from cytossl_monai.index.low_power import Grid, InkRules, look_at_low_power
 from cytossl_monai.index.nuclei import NucleusRules, count_nuclei
 from cytossl_monai.index.overview import draw_overview
@@ -55,6 +56,8 @@ class IndexSettings:
         min_nuclei: a tile is kept when it holds at least so many nuclei.
         min_sharpness: tiles less sharp than this are left out; the slide's sharp tiles have about 1.
         max_ink_fraction: tiles with more than this share under a pen mark are left out.
+        max_unreadable: a slide fails when more than this share of the tiles worth looking at cannot be decoded soundly;
+            up to it they are left out and counted.
         ink: what is a pen mark.
     """
 
@@ -72,6 +75,7 @@ class IndexSettings:
     min_nuclei: int = 1
     min_sharpness: float = 0.35
     max_ink_fraction: float = 0.1
+    max_unreadable: float = 0.05
     ink: InkRules = field(default_factory=InkRules)
 
     def __post_init__(self) -> None:
@@ -80,6 +84,8 @@ class IndexSettings:
         for name in ("mpp", "search_mpp", "nuclei_mpp"):
             if not 0.05 <= getattr(self, name) <= 20:
                 raise ValueError(f"{name} must be 0.05 to 20 micrometres per pixel, not {getattr(self, name)}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable must be a share, 0 to 1, not {self.max_unreadable}")
         if self.min_nuclei < 0:
             raise ValueError(f"min_nuclei must be 0 or more, not {self.min_nuclei}")
 
@@ -123,7 +129,12 @@ def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threa
     )
     tile_um2 = (grid.size * slide.mpp) ** 2
     clear = low.ink <= settings.max_ink_fraction
-    proposed = clear & (low.dark * tile_um2 >= settings.min_dark_um2)
+    # What could not be seen at low power may hold cells: it is looked at in detail.
+    worthy = clear & ((low.dark * tile_um2 >= settings.min_dark_um2) | low.unseen)
+    unreadable = find_unreadable(
+        slide, grid, worthy, settings.tile_size, settings.mpp, settings.max_unreadable, num_threads
+    )
+    proposed = worthy & ~unreadable
     rules = NucleusRules(settings.min_nucleus_um2, settings.min_contrast, settings.min_edge, settings.max_elongation)
     nuclei = count_nuclei(slide, grid, proposed, settings.nuclei_mpp, rules, num_threads)
     with_nuclei = proposed & (nuclei.count >= max(1, settings.min_nuclei))
@@ -162,6 +173,7 @@ def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threa
             "grid": grid.columns * grid.rows,
             "ink": int((~clear).sum()),
             "proposed": int(proposed.sum()),
+            "unreadable": int(unreadable.sum()),
             "without_nuclei": int((proposed & ~with_nuclei).sum()),
             "out_of_focus": int((with_nuclei & ~in_focus).sum()),
             "kept": int(kept.sum()),
@@ -294,7 +306,7 @@ def index_to_file(
     path = folder / f"{record.slide_id}.parquet"
     with item_lock(folder, f"{record.slide_id}.index", "indexing", wait):
         if _is_done(record, folder, settings, overview):
-            return "current", f"{TileIndex.read_meta(path)['n_tiles']} tiles", time.perf_counter() - start
+            return "current", TileIndex.read(path).summary, time.perf_counter() - start
         near = record if cache is None else cache.get(record)
         with open_slide(record.path, mpp=record.mpp, device=device, local=near.local) as slide:
             index = _index(record, slide, settings, num_threads)
@@ -304,8 +316,7 @@ def index_to_file(
             path.unlink(missing_ok=True)  # of another slide or other settings: it would be taken for this one's
             raise EmptySlideError(_why_empty(record, index))
         index.write(path)
-    message = f"{len(index)} tiles, {index.meta['nuclei']} nuclei"
-    return "done", message, time.perf_counter() - start
+    return "done", index.summary, time.perf_counter() - start
 
 
 def _is_done(record: SlideRecord, folder: Path, settings: IndexSettings, overview: bool) -> bool:

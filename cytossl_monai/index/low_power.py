@@ -63,11 +63,13 @@ class LowPower:
         foreground: float32, share of the tile that is not glass.
         dark: float32, share of the tile that is dark enough for a nucleus.
         ink: float32, share of the tile under a pen mark.
+        unseen: bool, part of the tile could not be decoded at this power.
     """
 
     foreground: np.ndarray
     dark: np.ndarray
     ink: np.ndarray
+    unseen: np.ndarray
 
 
 def look_at_low_power(
@@ -107,7 +109,7 @@ def look_at_low_power(
         if bottom <= top:
             continue
         pixels = slide.read_regions(
-            np.array([[0, round(top * scale)]]), (width, bottom - top), mpp=mpp, num_workers=num_threads
+            np.array([[0, round(top * scale)]]), (width, bottom - top), mpp, num_threads, damaged="glass"
         )[0]
         pixels = pixels if isinstance(pixels, np.ndarray) else pixels.cpu().numpy()
         red, green, blue = (table[channel][pixels[channel]] for channel in range(3))
@@ -119,7 +121,17 @@ def look_at_low_power(
         dark[first:last] = tile_means(nuclear, scale, offset, grid, (first, last), (0, grid.columns))
     marks = find_ink(ink, mpp, ink_rules)
     covered = tile_means(marks, scale, (0.0, 0.0), grid, (0, grid.rows), (0, grid.columns))
-    return LowPower(foreground, dark, covered)
+    return LowPower(foreground, dark, covered, _unseen(slide, grid, mpp, scale, num_threads))
+
+
+def _unseen(slide: Slide, grid: Grid, mpp: float, scale: float, num_threads: int) -> np.ndarray:
+    """Which tiles touch damage at low power; a level of full size is not decoded twice for it."""
+    if slide.best_level(mpp) == 0:
+        return np.zeros((grid.rows, grid.columns), bool)
+    rows, columns = np.divmod(np.arange(grid.rows * grid.columns), grid.columns)
+    side = max(1, round(grid.size / scale))
+    sound = slide.sound(np.stack([columns, rows], 1) * grid.size, side, mpp, num_threads)
+    return ~sound.reshape(grid.rows, grid.columns)
 
 
 def find_ink(inky: np.ndarray, mpp: float, rules: InkRules) -> np.ndarray:

@@ -133,7 +133,7 @@ def _count_block(
     x0, y0 = left * grid.size - margin, top * grid.size - margin
     width = int(np.ceil(((right - left) * grid.size + 2 * margin) / scale))
     height = int(np.ceil(((bottom - top) * grid.size + 2 * margin) / scale))
-    pixels = slide.read_regions(np.array([[x0, y0]]), (width, height), mpp=mpp)
+    pixels = slide.read_regions(np.array([[x0, y0]]), (width, height), mpp=mpp, damaged="glass")
     images = torch.as_tensor(pixels)
     mask = nuclei_mask(images, mpp, min_contrast=rules.min_contrast)[0, 0].cpu().numpy()
     labels, count = ndimage.label(mask)

@@ -82,6 +82,13 @@ class TileIndex:
         return float(self.meta["level0_mpp"])
 
     @property
+    def summary(self) -> str:
+        """One line: how many tiles and nuclei, and what was left out as damaged."""
+        unreadable = int(self.meta.get("tiles", {}).get("unreadable", 0))
+        damage = f"; {unreadable} damaged tiles left out" if unreadable else ""
+        return f"{len(self)} tiles, {self.meta.get('nuclei', 0)} nuclei{damage}"
+
+    @property
     def tile_size(self) -> int:
         """Side of a tile in pixels at ``mpp``."""
         return int(self.meta["settings"]["tile_size"])

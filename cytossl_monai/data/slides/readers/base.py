@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cytossl_monai.data.slides.resolution import Resolution
+
 __all__ = ["Backend", "BackendError", "level_downsamples"]
 
 
@@ -44,7 +46,7 @@ class Backend(ABC):
 
     Attributes:
         level_dimensions: (width, height) of each level, full resolution first.
-        file_mpp: micrometres per pixel of level 0 as the file states it; None where it states nothing usable.
+        resolution: micrometres per pixel of level 0 as the file states them.
     """
 
     name: ClassVar[str]
@@ -52,10 +54,13 @@ class Backend(ABC):
     """Suffixes that the backend is tried on; None for all."""
 
     level_dimensions: list[tuple[int, int]]
-    file_mpp: float | None
+    resolution: Resolution
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    bounds_offset: tuple[int, ...] = (0, 0)
+    """x, y of the scanned part within level 0, to which QuPath crops a slide (``openslide.bounds-x``, MRXS)."""
 
     @abstractmethod
     def read(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cytossl_monai.data.slides.readers.base import Backend, BackendError, paste_inside
+from cytossl_monai.data.slides.tiff_tiles import read_tiff_tiles
 
 __all__ = ["CuCIMBackend"]
 
@@ -16,13 +17,21 @@ _BATCH = 32
 
 
 class CuCIMBackend(Backend):
-    """Opens through MONAI's CuCIMWSIReader; reads through cuCIM's batched call, which MONAI does not use."""
+    """Opens through MONAI's CuCIMWSIReader; reads through cuCIM's batched call, which MONAI does not use.
+
+    cuCIM ends the process on some files; those are refused by their tags, and `Slide` checks each tile's frame first.
+    """
 
     name: ClassVar[str] = "cucim"
     suffixes: ClassVar[frozenset[str] | None] = frozenset({".tif", ".tiff", ".svs"})
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        tiles = read_tiff_tiles(path)
+        refusal = tiles if isinstance(tiles, str) else tiles.cucim_refusal
+        if isinstance(tiles, str) or refusal:
+            raise BackendError(str(refusal))
+        self.resolution = tiles.resolution
         try:
             import cucim  # noqa: F401 - MONAI's message for an absent cuCIM does not say how to get it
             from monai.data.wsi_reader import CuCIMWSIReader
@@ -38,21 +47,10 @@ class CuCIMBackend(Backend):
             self.close()
             raise BackendError(f"not an 8-bit RGB slide (shape {shape})")
         self.level_dimensions = [(int(w), int(h)) for w, h in dimensions]
+        if any(tiles.level_of(size) is None for size in self.level_dimensions):
+            self.close()
+            raise BackendError(f"it sees levels of {self.level_dimensions}, the file's tables have others")
         self._downsamples = [float(d) for d in self._image.resolutions["level_downsamples"]]
-        self.file_mpp = self._read_mpp()
-
-    def _read_mpp(self) -> float | None:
-        # MONAI's get_mpp takes cuCIM's spacing without its unit: a file that states nothing would be 1.0 um/px.
-        aperio = self._image.metadata.get("aperio", {}).get("MPP")
-        if aperio:
-            try:
-                return float(aperio)
-            except ValueError:
-                return None
-        spacing, units = self._image.spacing(), self._image.spacing_units()
-        if list(units[:2]) == ["micrometer", "micrometer"]:
-            return float(spacing[0] * spacing[1]) ** 0.5
-        return None
 
     def _level0(self, level: int, locations: np.ndarray) -> list[tuple[int, int]]:
         # cuCIM takes level-0 coordinates and cuts them off to the level, towards zero: a little more than the pixel's

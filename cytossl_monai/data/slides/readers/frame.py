@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from cytossl_monai.data.slides.readers.base import Backend, BackendError, paste_inside
+from cytossl_monai.data.slides.resolution import Resolution
+from cytossl_monai.data.slides.tiff_tiles import TiffTiles, read_tiff_tiles
 
 __all__ = ["FrameBackend"]
+
+_MAX_PIXELS = 1 << 28
+"""Of an image that is read whole: 0.8 GB of RGB."""
 
 
 class FrameBackend(Backend):
@@ -22,6 +28,7 @@ class FrameBackend(Backend):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        _refuse_by_header(path)
         try:
             from monai.data import ITKReader
 
@@ -33,7 +40,7 @@ class FrameBackend(Backend):
             del image
         except ImportError as error:
             raise BackendError("ITK is not installed (pip install itk-io)") from error
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, TypeError, KeyError, MemoryError) as error:  # TypeError: ITK's own
             raise BackendError(_first_line(error)) from error
         if array.dtype != np.uint8:
             raise BackendError(f"{array.dtype} pixels; convert it to 8-bit RGB")
@@ -44,9 +51,7 @@ class FrameBackend(Backend):
             raise BackendError(f"not a flat RGB or grey image (shape {array.shape})")
         self._pixels = np.ascontiguousarray(array[..., :3])
         self.level_dimensions = [(array.shape[1], array.shape[0])]
-        spacing = np.asarray(meta.get("spacing", (0.0, 0.0)), dtype=float)[:2] * 1000
-        # ITK says 1 mm where the file says nothing.
-        self.file_mpp = None if np.allclose(spacing, 1000) or (spacing <= 0).any() else float(np.sqrt(spacing.prod()))
+        self.resolution = _resolution(path, np.asarray(meta.get("spacing", (0.0, 0.0)), dtype=float)[:2] * 1000)
 
     def read(
         self, level: int, locations: np.ndarray, size: tuple[int, int], fill: np.ndarray, num_workers: int = 0
@@ -62,6 +67,37 @@ class FrameBackend(Backend):
     def close(self) -> None:
         """Let go of the pixels."""
         self._pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def _refuse_by_header(path: Path) -> None:
+    """Refuse what ITK would read as what it is not, or what no memory holds, before a pixel is read."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                (width, height), mode = image.size, image.mode
+        except Image.DecompressionBombError as error:
+            raise BackendError(f"too large to be read at once ({error}); convert it to pyramidal TIFF") from error
+        except (OSError, ValueError, SyntaxError, TypeError, KeyError, OverflowError):
+            return  # a format that Pillow does not know, DICOM among them: ITK judges
+    if width * height > _MAX_PIXELS:
+        raise BackendError(
+            f"{width:,} x {height:,} pixels are too many to be read at once; convert it to pyramidal TIFF"
+        )
+    if mode in ("CMYK", "LAB", "F", "I", "I;16", "I;16B", "1"):
+        raise BackendError(f"its pixels are of the kind {mode}; convert it to 8-bit RGB")
+
+
+def _resolution(path: Path, spacing: np.ndarray) -> Resolution:
+    tiles = read_tiff_tiles(path) if path.suffix.lower() in (".tif", ".tiff") else None
+    if isinstance(tiles, TiffTiles):
+        return tiles.resolution
+    # ITK says 1 mm where the file says nothing.
+    if len(spacing) < 2 or np.allclose(spacing, 1000) or not np.isfinite(spacing).all() or (spacing <= 0).any():
+        return Resolution()
+    return Resolution(float(spacing[0]), float(spacing[1]))
 
 
 def _first_line(error: Exception) -> str:

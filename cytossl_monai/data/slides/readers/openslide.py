@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from cytossl_monai.data.slides.readers.base import Backend, BackendError
+from cytossl_monai.data.slides.resolution import Resolution, openslide_resolution
+from cytossl_monai.data.slides.tiff_tiles import read_tiff_tiles
 
 __all__ = ["OpenSlideBackend"]
 
@@ -27,22 +28,18 @@ class OpenSlideBackend(Backend):
             raise BackendError("OpenSlide is not installed (pip install openslide-python openslide-bin)") from error
         self._errors: tuple[type[Exception], ...] = (openslide.OpenSlideError, ValueError, OSError)
         try:
-            reader = OpenSlideWSIReader()
-            self._slide = reader.read(str(path))
+            self._slide = OpenSlideWSIReader().read(str(path))
             self.level_dimensions = [(int(w), int(h)) for w, h in self._slide.level_dimensions]
             self._downsamples = [float(d) for d in self._slide.level_downsamples]
         except self._errors as error:
             raise BackendError(str(error)) from error
-        self.file_mpp = None
-        # A resolution without a unit means nothing, though MONAI would take it for pixels per micrometre.
         properties = self._slide.properties
-        if "openslide.mpp-x" in properties or properties.get("tiff.ResolutionUnit") in ("inch", "centimeter"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    self.file_mpp = float(np.sqrt(np.prod(reader.get_mpp(self._slide, 0))))
-                except (ValueError, ZeroDivisionError):
-                    self.file_mpp = None
+        self.resolution = openslide_resolution(properties)
+        if properties.get("openslide.vendor") in ("generic-tiff", "aperio"):
+            # OpenSlide takes a tag without a unit for inches, and knows no OME-XML.
+            tiles = read_tiff_tiles(path)
+            self.resolution = Resolution() if isinstance(tiles, str) else tiles.resolution
+        self.bounds_offset = tuple(int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
 
     def read(
         self, level: int, locations: np.ndarray, size: tuple[int, int], fill: np.ndarray, num_workers: int = 0

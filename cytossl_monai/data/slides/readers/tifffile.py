@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from cytossl_monai.data.slides.readers.base import Backend, BackendError, paste_inside
+from cytossl_monai.data.slides.resolution import Resolution
+from cytossl_monai.data.slides.tiff_tiles import DAMAGED, read_tiff_tiles
 
-__all__ = ["TiffFileBackend", "tiff_mpp"]
+__all__ = ["TiffFileBackend"]
 
 _MAX_STRIP_PIXELS = 1 << 28
-_UNIT_UM = {2: 25_400.0, 3: 10_000.0, 4: 1_000.0, 5: 1.0}
-
-
-def tiff_mpp(page: Any) -> float | None:
-    """Micrometres per pixel that a TIFF page states: Aperio's MPP, OME's PhysicalSizeX, or the resolution tags.
-
-    Args:
-        page: a tifffile ``TiffPage``, the one of full resolution.
-
-    Returns:
-        the number as stated (the caller judges whether it is absurd), or None.
-    """
-    description = page.description or ""
-    aperio = re.search(r"\bMPP\s*=\s*([0-9.]+)", description)
-    if aperio:
-        return float(aperio.group(1))
-    size = re.search(r'PhysicalSizeX="([0-9.eE+-]+)"', description)
-    if size:
-        unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', description)
-        factor = {"nm": 1e-3, "mm": 1e3, "cm": 1e4}.get(unit.group(1) if unit else "um", 1.0)
-        return float(size.group(1)) * factor
-    tags = page.tags
-    unit_tag = tags.get("ResolutionUnit")
-    if unit_tag is None or int(unit_tag.value) not in _UNIT_UM:
-        return None
-    values = []
-    for name in ("XResolution", "YResolution"):
-        tag = tags.get(name)
-        if tag is None:
-            return None
-        numerator, denominator = tag.value if isinstance(tag.value, tuple) else (tag.value, 1)
-        if not numerator or not denominator:
-            return None
-        values.append(_UNIT_UM[int(unit_tag.value)] * denominator / numerator)
-    return math.sqrt(values[0] * values[1])
 
 
 class TiffFileBackend(Backend):
@@ -80,11 +46,20 @@ class TiffFileBackend(Backend):
             self.close()
             raise BackendError("stored as one strip, too large to read in parts")
         self.level_dimensions = [(int(page.imagewidth), int(page.imagelength)) for page in self._pages]
-        self.file_mpp = tiff_mpp(first)
+        if first.photometric == 6 and first.compression not in (6, 7, 33003, 33004, 33005, 34712):
+            self.close()
+            raise BackendError("its pixels are YCbCr, which tifffile leaves as they are")
+        tiles = read_tiff_tiles(path)
+        self.resolution = Resolution() if isinstance(tiles, str) else tiles.resolution
+
+    leave_out_damaged = False
+    """True: tiles that are not sound keep the colour of the glass, in place of an error."""
 
     def _segment(self, page: Any, index: int) -> np.ndarray | None:
         """Decode one tile or strip: (h, w, 3) uint8, or None where the file stores nothing there."""
         offset, count = page.dataoffsets[index], page.databytecounts[index]
+        if self.leave_out_damaged and self._known_damaged(page, index):
+            return None
         if count == 0:
             return None
         handle = self._file.filehandle
@@ -100,6 +75,11 @@ class TiffFileBackend(Backend):
             return None
         pixels: np.ndarray = decoded.reshape(decoded.shape[-3:])[: shape[1], : shape[2], :3]
         return pixels
+
+    def _known_damaged(self, page: Any, index: int) -> bool:
+        tiles = read_tiff_tiles(self.path)
+        level = None if isinstance(tiles, str) else tiles.level_of((int(page.imagewidth), int(page.imagelength)))
+        return not isinstance(tiles, str) and level is not None and tiles.levels[level].state[index] == DAMAGED
 
     def read(
         self, level: int, locations: np.ndarray, size: tuple[int, int], fill: np.ndarray, num_workers: int = 0
@@ -120,7 +100,12 @@ class TiffFileBackend(Backend):
                 for column in range(max(0, int(x) // tile_w), min(columns, -(-int(x + width) // tile_w))):
                     wanted.setdefault((row, column), []).append(i)
         for (row, column), users in wanted.items():
-            pixels = self._segment(page, row * columns + column)
+            try:
+                pixels = self._segment(page, row * columns + column)
+            except BackendError:
+                if not self.leave_out_damaged:
+                    raise
+                pixels = None
             if pixels is None:
                 continue
             for i in users:

@@ -1,0 +1,58 @@
+"""Tiles that cannot be decoded soundly: left out and counted, up to a share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cytossl_monai.data.slides.slide import Slide
+from cytossl_monai.index.low_power import Grid
+from cytossl_monai.utils.errors import SlideError
+
+__all__ = ["check_unreadable", "find_unreadable"]
+
+
+def find_unreadable(
+    slide: Slide,
+    grid: Grid,
+    worthy: np.ndarray,
+    tile_size: int,
+    mpp: float,
+    max_unreadable: float,
+    num_threads: int = 1,
+) -> np.ndarray:
+    """Which tiles worth looking at cannot be decoded soundly.
+
+    Args:
+        slide: open slide.
+        grid: its tiles.
+        worthy: (rows, columns) bool, the tiles worth looking at.
+        tile_size: side of a tile in pixels at ``mpp``.
+        mpp: micrometres per pixel that tiles are read at.
+        max_unreadable: share of them that may be damaged.
+        num_threads: tiles of the file decoded at once.
+
+    Returns:
+        (rows, columns) bool.
+
+    Raises:
+        SlideError: when they are more than that share.
+    """
+    unreadable = np.zeros_like(worthy)
+    rows, columns = np.nonzero(worthy)
+    places = np.stack([columns, rows], 1) * grid.size
+    unreadable[rows, columns] = ~slide.sound(places, tile_size, mpp, num_threads)
+    check_unreadable(slide, int(unreadable.sum()), len(rows), max_unreadable)
+    return unreadable
+
+
+def check_unreadable(slide: Slide, damaged: int, looked_at: int, most: float) -> None:
+    """Refuse a slide of whose tiles more than the share ``most`` cannot be decoded.
+
+    Raises:
+        SlideError: when they are more.
+    """
+    if damaged > most * looked_at:
+        raise SlideError(
+            f"{slide.path} is damaged: {damaged} of {looked_at} tiles cannot be decoded, more than max_unreadable "
+            f"({most:.0%}); copy the file again from the scanner or leave it out"
+        )

@@ -19,7 +19,7 @@ from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
-from cytossl_monai.index.damage import find_unreadable
+from cytossl_monai.index.damage import find_unreadable, why_empty
 from cytossl_monai.index.low_power import Grid, InkRules, look_at_low_power
 from cytossl_monai.index.nuclei import NucleusRules, count_nuclei
 from cytossl_monai.index.overview import draw_overview
@@ -168,6 +168,7 @@ def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threa
         "height": slide.height,
         "level0_mpp": slide.mpp,
         "backend": slide.backend,
+        "bounds_offset": list(slide.bounds_offset),
         "grid": {"columns": grid.columns, "rows": grid.rows},
         "tiles": {
             "grid": grid.columns * grid.rows,
@@ -314,7 +315,7 @@ def index_to_file(
                 draw_overview(folder / f"{record.slide_id}_overview.png", slide, index)
         if not len(index):
             path.unlink(missing_ok=True)  # of another slide or other settings: it would be taken for this one's
-            raise EmptySlideError(_why_empty(record, index))
+            raise EmptySlideError(why_empty(record, index))
         index.write(path)
     return "done", index.summary, time.perf_counter() - start
 
@@ -333,22 +334,6 @@ def _is_current(path: Path, record: SlideRecord, settings: IndexSettings) -> boo
         return False  # damaged: it is made again
     identity = _identity(record, settings)
     return all(meta.get(key) == value for key, value in identity.items())
-
-
-def _why_empty(record: SlideRecord, index: TileIndex) -> str:
-    tiles = index.meta["tiles"]
-    if tiles["ink"] and not tiles["proposed"]:
-        found = f"{tiles['ink']} tiles under pen marks and no cells elsewhere"
-    elif not tiles["proposed"]:
-        found = "nothing but glass"
-    elif tiles["out_of_focus"]:
-        found = f"{tiles['out_of_focus']} tiles with nuclei, all out of focus"
-    else:
-        found = f"{tiles['without_nuclei']} tiles with something on them, none with a nucleus"
-    return (
-        f"{record.path} is empty of cells: {found}; check the slide and its mpp ({index.level0_mpp:g}), "
-        "or loosen the thresholds of the index"
-    )
 
 
 class SlideIndexer:

@@ -22,6 +22,7 @@ from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
+from cytossl_monai.index.build import check_unreadable
 from cytossl_monai.index.low_power import Grid
 from cytossl_monai.transforms.nuclei.mask import nuclei_mask
 from cytossl_monai.utils.errors import TableError, failure
@@ -148,6 +149,7 @@ def import_index(
     nuclei_mpp: float = 1.0,
     num_threads: int = 1,
     device: str = "cpu",
+    max_unreadable: float = 0.05,
 ) -> TileIndex:
     """The index of a slide whose tiles or tissue another tool found. Nuclei are counted, nothing is left out for them.
 
@@ -161,6 +163,7 @@ def import_index(
         nuclei_mpp: micrometres per pixel at which nuclei are counted.
         num_threads: decoding threads.
         device: where to decode.
+        max_unreadable: share of the tiles that may be damaged; up to it they are left out and counted.
 
     Raises:
         TableError: where neither is given, a file is unusable, or no tile is left.
@@ -180,6 +183,9 @@ def import_index(
             places = places[tissue_at(tissue, places + side / 2, (slide.width, slide.height))]
         if not len(places):
             raise TableError(f"{tissue}: no tile of {record.path} lies in its tissue; is it of this slide?")
+        sound = slide.sound(places, tile_size, mpp, num_threads)
+        check_unreadable(slide, int((~sound).sum()), len(places), max_unreadable)
+        places = places[sound]
         nuclei, fraction, foreground = _statistics(slide, places, side, nuclei_mpp, num_threads)
         table = pd.DataFrame(
             {
@@ -215,6 +221,8 @@ def import_index(
             "height": slide.height,
             "level0_mpp": slide.mpp,
             "backend": slide.backend,
+            "bounds_offset": list(slide.bounds_offset),
+            "tiles": {"unreadable": int((~sound).sum()), "kept": len(places)},
             "nuclei": int(nuclei.sum()),
         }
     return TileIndex(table, meta)
@@ -231,7 +239,7 @@ def _statistics(
     fraction, foreground = np.zeros(len(places), np.float32), np.zeros(len(places), np.float32)
     for start in range(0, len(places), _BATCH):
         part = slice(start, start + _BATCH)
-        tiles = torch.as_tensor(slide.read_regions(places[part], pixels, scale, num_threads)).cpu()
+        tiles = torch.as_tensor(slide.read_regions(places[part], pixels, scale, num_threads, damaged="glass")).cpu()
         mask = nuclei_mask(tiles, scale)[:, 0].numpy()
         count[part] = [ndimage.label(one)[1] for one in mask]
         fraction[part] = mask.mean(axis=(1, 2))

@@ -31,7 +31,7 @@ from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn
 from cytossl_monai.inference.turns import in_turn
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.open import open_encoder
-from cytossl_monai.utils.errors import FeatureError, TableError
+from cytossl_monai.utils.errors import FeatureError, SlideError, TableError
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers
 from cytossl_monai.utils.report import RunReport
@@ -117,7 +117,14 @@ def embed_tiles(
 
     def read(i: int) -> Tensor:
         part = coords[i * batch_size : (i + 1) * batch_size]
-        return torch.as_tensor(slide.read_regions(part, index.tile_size, index.mpp, num_threads))
+        tiles, sound = slide.read_sound(part, index.tile_size, index.mpp, num_threads)
+        if not sound.all():
+            x, y = part[int(np.argmin(sound))].tolist()
+            raise SlideError(
+                f"{slide.path} is damaged: its tile at {x}, {y} was kept by the index and cannot be decoded now; copy "
+                f"the file again, or delete {index.slide_id}.parquet and index the slide again to leave the tile out"
+            )
+        return torch.as_tensor(tiles)
 
     features: np.ndarray | None = None
     done, waited = 0, time.perf_counter()

@@ -233,7 +233,14 @@ class SlideEvidence(Transform):
             }
             size = int(index.table["size"].iloc[0])
             collection = feature_collection(
-                item["slide_id"], index.coords, size, prediction.shown, measurements, order[: len(tiles)], tiles
+                item["slide_id"],
+                index.coords,
+                size,
+                prediction.shown,
+                measurements,
+                order[: len(tiles)],
+                tiles,
+                (told["slide"]["bounds_offset"][0], told["slide"]["bounds_offset"][1]),
             )
             write_geojson(folder / EVIDENCE["geojson"], collection)
         if self._wants("gallery"):
@@ -285,12 +292,14 @@ class SlideEvidence(Transform):
                 "mpp": slide.mpp,
                 "mpp_source": slide.mpp_source,
                 "reader": slide.backend,
+                "bounds_offset": list(slide.bounds_offset),
             },
             "tiles": {
                 "count": 0 if index is None else len(index),
                 "size_px": None if index is None else int(index.table["size"].iloc[0]),
                 "mpp": None if index is None else index.mpp,
                 "nuclei": 0 if index is None else int(index.table["n_nuclei"].sum()),
+                "unreadable": 0 if index is None else int(index.meta.get("tiles", {}).get("unreadable", 0)),
             },
             "encoder": self.encoder,
             "classifier": {"hash": self._hash, "members": self.classifier.versions},

@@ -92,7 +92,7 @@ def read_gallery(
     size = int(index.table["size"].iloc[0])
     mpp = min(index.mpp, max(_FINEST, slide.mpp))
     side = max(1, round(size * slide.mpp / mpp))
-    images = np.asarray(slide.read_regions(index.coords[rows], side, mpp))
+    images = np.asarray(slide.read_regions(index.coords[rows], side, mpp, damaged="glass"))
     tiles = []
     for image, row in zip(images, rows):
         found = segment_instances(image, mpp)

@@ -40,6 +40,7 @@ def feature_collection(
     measurements: Mapping[str, np.ndarray],
     top: np.ndarray,
     gallery: Sequence[GalleryTile] = (),
+    bounds_offset: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
     """Every tile as a QuPath tile object, the leading ones as named annotations, and their nuclei as detections.
 
@@ -51,6 +52,7 @@ def feature_collection(
         measurements: name to (N,) numbers.
         top: row numbers of the leading tiles, best first.
         gallery: the leading tiles with their nuclei.
+        bounds_offset: x, y of the scanned part within level 0: QuPath crops a slide to it (MRXS) and counts from it.
 
     Returns:
         a GeoJSON FeatureCollection with QuPath's properties.
@@ -82,6 +84,10 @@ def feature_collection(
         )
     for tile in gallery:
         features += _nuclei(slide_id, tile)
+    if any(bounds_offset):
+        for feature in features:
+            rings = feature["geometry"]["coordinates"]
+            rings[0] = [[x - bounds_offset[0], y - bounds_offset[1]] for x, y in rings[0]]
     return {"type": "FeatureCollection", "features": features}
 
 

@@ -143,6 +143,8 @@ def _verdict(told: Mapping[str, Any]) -> str:
         else "Probabilities are not calibrated: they rank slides, they are no frequencies."
     )
     slide, tiles = told["slide"], told["tiles"]
+    unreadable = tiles.get("unreadable", 0)
+    damaged = f"<br>{unreadable:,} damaged tiles left out" if unreadable else ""
     size = f"{slide['width'] * slide['mpp'] / 1000:.1f} x {slide['height'] * slide['mpp'] / 1000:.1f} mm"
     pixels = f"{slide['width']:,} x {slide['height']:,} px at {slide['mpp']:.4g} µm/px"
     return (
@@ -154,7 +156,7 @@ def _verdict(told: Mapping[str, Any]) -> str:
         f'<div class="bars small">{bars}</div></div><div>'
         '<dl class="facts small">'
         f"<dt>Slide</dt><dd>{size}<br>{pixels}</dd>"
-        f"<dt>Read</dt><dd>{tiles['count']:,} tiles with {tiles['nuclei']:,} nuclei</dd>"
+        f"<dt>Read</dt><dd>{tiles['count']:,} tiles with {tiles['nuclei']:,} nuclei{damaged}</dd>"
         f"<dt>Encoder</dt><dd>{_text(told['encoder']['name'])}</dd>"
         f"<dt>Classifier</dt><dd>{_text(_methods(told))}</dd></dl>"
         f'<p class="soft small" style="margin:12px 0 0">{calibrated} Suspicion is {_meaning(told)}.</p>'

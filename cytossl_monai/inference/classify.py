@@ -117,6 +117,7 @@ class SlideClassifier:
 
     def _negative(self, name: str | None) -> int:
         if name is not None:
+            name = str(name)  # a command line makes a number of 0
             if name not in self.classes:
                 raise CheckpointError(f"the class {name!r} is unknown to {self.files[0]}: it has {self.classes}")
             return self.classes.index(name)

@@ -104,7 +104,7 @@ def test_damaged_files(tmp_path, bag):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
     for read in (read_features, read_feature_attrs):
-        with pytest.raises(FeatureError, match="'features' and 'coords'"):
+        with pytest.raises(FeatureError, match="no dataset 'features'"):
             read(tmp_path / "other.h5")
     with h5py.File(tmp_path / "empty.h5", "w") as file:
         file["features"], file["coords"] = np.zeros((0, 4)), np.zeros((0, 2))
@@ -118,6 +118,74 @@ def test_damaged_files(tmp_path, bag):
         file["features"], file["coords"] = np.ones((3, 4)), np.zeros((2, 2))
     with pytest.raises(FeatureError, match=r"\(2, 2\)"):
         read_features(tmp_path / "shape.h5")
+
+
+def put(path, **datasets):
+    with h5py.File(path, "w") as file:
+        for name, value in datasets.items():
+            file[name] = value
+    return path
+
+
+def test_files_of_stamp(tmp_path, bag):
+    """As STAMP writes them: feats in half precision, coordinates in micrometres."""
+    features, coords = bag
+    path = put(tmp_path / "a.h5", feats=features.astype(np.float16), coords=(coords * 0.25).astype(np.float32))
+    with h5py.File(path, "a") as file:
+        file.attrs.update({"extractor": "uni2", "unit": "um", "tile_size_um": 256.0, "tile_size_px": 224})
+    back = read_features(path)
+    np.testing.assert_array_equal(back.features, features.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(back.coords, np.rint(coords * 0.25).astype(np.int64))
+    told = (back.attrs["level0_mpp"], back.attrs["patch_size_level0"], back.attrs["encoder_name"], back.encoder)
+    assert told == (1.0, 256, "uni2", None)
+    assert read_feature_attrs(path)["shape"] == features.shape
+
+
+def test_features_without_coordinates_and_of_a_whole_slide(tmp_path, bag):
+    features, _ = bag
+    back = read_features(put(tmp_path / "a.h5", features=features))
+    assert (back.coords == -1).all()
+    assert back.coords.shape == (len(features), 2)
+    for shape in ((8,), (1, 8), (1, 1, 8)):
+        path = put(tmp_path / "slide.h5", features=np.ones(shape, np.float32))
+        assert read_features(path).features.shape == (1, 8)
+        assert read_feature_attrs(path)["shape"] == (1, 8)
+
+
+def test_what_is_no_array_of_numbers(tmp_path, bag):
+    features, coords = bag
+    other = put(tmp_path / "other.h5", features=features)
+    cases = {
+        "complex64": put(tmp_path / "complex.h5", features=features.astype(np.complex64), coords=coords),
+        "not numbers": put(tmp_path / "text.h5", features=np.array([[b"a"]]), coords=coords[:1]),
+        "bool": put(tmp_path / "bool.h5", features=features > 0, coords=coords),
+        "no places": put(tmp_path / "places.h5", features=features, coords=coords * np.inf),
+        r"the shape \(\)": put(tmp_path / "scalar.h5", features=np.float32(1)),
+        r"the shape \(2, 3, 4\)": put(tmp_path / "cube.h5", features=np.ones((2, 3, 4))),
+        r"the shape \(3, 0\)": put(tmp_path / "narrow.h5", features=np.ones((3, 0))),
+        "link to another file": put(tmp_path / "link.h5", features=h5py.ExternalLink(str(other), "features")),
+        "a group": put(tmp_path / "group.h5"),
+        "damaged": put(tmp_path / "dangling.h5", features=h5py.SoftLink("/nowhere")),
+        "lies in another file": tmp_path / "virtual.h5",
+        "declares": tmp_path / "absurd.h5",
+    }
+    with h5py.File(cases["a group"], "a") as file:
+        file.create_group("features")
+    with h5py.File(cases["lies in another file"], "w") as file:
+        layout = h5py.VirtualLayout(features.shape, np.float32)
+        layout[:] = h5py.VirtualSource(other, "features", features.shape)
+        file.create_virtual_dataset("features", layout)
+    with h5py.File(cases["declares"], "w") as file:
+        file.create_dataset("features", (10**9, 1024), np.float32, chunks=(1024, 1024))
+    for says, path in cases.items():
+        for read in (read_features, read_feature_attrs):
+            if says == "no places" and read is read_feature_attrs:
+                continue
+            with pytest.raises(FeatureError, match=says) as caught:
+                read(path)
+            assert path.name in str(caught.value)
+    with pytest.raises(FeatureError, match="complex"):
+        write_features(tmp_path / "x.h5", features + 1j, coords, {})
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, bag):

@@ -83,3 +83,50 @@ def test_metadata_is_plain_json(tmp_path):
         TileIndex(table(), {**META, "level0_mpp": float("nan")}).write(tmp_path / "b.parquet")
     assert not (tmp_path / "b.parquet").exists()
     assert isinstance(pq.read_table(path), pa.Table)
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ("{", "facts cannot be read"),
+        ("[" * 10_000, "facts cannot be read"),
+        ("3", "facts cannot be read"),
+        ('{"version": "x"}', "facts cannot be read"),
+        ('{"slide_id": "a", "slide_path": "/a"}', "they lack 'level0_mpp'"),
+        ('{"slide_id": 3, "slide_path": "/a", "level0_mpp": 1, "settings": {"tile_size": 1, "mpp": 1}}', "no name"),
+        (
+            '{"slide_id": "a", "slide_path": "/a", "level0_mpp": NaN, "settings": {"tile_size": 1, "mpp": 1}}',
+            "no number",
+        ),
+        ('{"slide_id": "a", "slide_path": "/a", "level0_mpp": 1, "settings": 3}', "facts cannot be read"),
+    ],
+)
+def test_facts_that_cannot_be_read(tmp_path, facts, says):
+    path = TileIndex(table(), META).write(tmp_path / "a.parquet")
+    rows = pq.read_table(path)
+    pq.write_table(rows.replace_schema_metadata({b"cytossl_tile_index": facts.encode()}), path)
+    for read in (TileIndex.read, TileIndex.read_meta):
+        with pytest.raises(TableError, match=says) as caught:
+            read(path)
+        assert "a.parquet" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "meta", "says"),
+    [
+        ("size", 0, {}, "not above 0"),
+        ("mpp", 0.0, {}, "not above 0"),
+        ("mpp", float("nan"), {}, "not above 0"),
+        ("x", 10**9, {"width": 5000, "height": 5000}, "outside its slide"),
+        ("y", -(10**6), {"width": 5000, "height": 5000}, "outside its slide"),
+        ("x", 0, {"level0_mpp": 0}, "of a slide at 0"),
+        ("x", 0, {"settings": {"tile_size": 0, "mpp": 0.5}}, "tiles of 0 pixels"),
+        ("x", 0, {"settings": {"tile_size": 10**9, "mpp": 0.5}}, "tiles of 1000000000 pixels"),
+    ],
+)
+def test_numbers_that_cannot_be(tmp_path, column, value, meta, says):
+    rows = table()
+    rows.loc[0, column] = value
+    path = TileIndex(rows, {**META, **meta}).write(tmp_path / "a.parquet")
+    with pytest.raises(TableError, match=says):
+        TileIndex.read(path)

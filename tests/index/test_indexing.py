@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from PIL import Image
 
 from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
+from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.write import write_pyramid
 from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.data.tiles.index_file import COLUMNS, TileIndex
@@ -276,3 +278,44 @@ def test_bundle_configuration(slides, tmp_path, repo_root):
     assert done.returncode == 3, done.stderr.decode()
     assert TileIndex.read(tmp_path / "out/slide_0000.parquet").tile_size == 128
     assert "failed gone" in done.stdout.decode()
+
+
+def spoilt(source, target, share):
+    """A copy of a slide that has lost the middle of every n-th tile of its full resolution."""
+    content = bytearray(source.read_bytes())
+    with tifffile.TiffFile(source) as tiff:
+        page = tiff.series[0].levels[1].pages[0]  # tiles of 0.5 um/px are read from level 1
+        spans = list(zip(page.dataoffsets, page.databytecounts))
+    for offset, count in spans[:: max(1, round(1 / share))]:
+        content[offset + count // 3 : offset + 2 * count // 3] = bytes(2 * count // 3 - count // 3)
+    target.write_bytes(content)
+    return target
+
+
+def test_damaged_tiles_are_left_out_and_counted(slides, indexed, tmp_path):
+    record, intact = indexed[0]
+    path = spoilt(record.path, tmp_path / "slide.tif", 0.2)
+    damaged = SlideRecord("slide", path, None, "p")
+    report = index_slides([damaged], tmp_path / "index", IndexSettings(max_unreadable=1.0), 1, progress=False)
+    assert report.exit_code == 0
+    index = TileIndex.read(tmp_path / "index" / "slide.parquet")
+    left_out = index.meta["tiles"]["unreadable"]
+    assert left_out > 0
+    assert f"{left_out} damaged tiles left out" in report.items[0].message
+    kept, before = (set(zip(one.table.x, one.table.y)) for one in (index, intact))
+    assert kept < before
+    assert len(before - kept) <= left_out
+    with open_slide(path) as slide, open_slide(record.path) as original:
+        assert slide.sound(index.coords, 224, 0.5).all()
+        np.testing.assert_array_equal(
+            slide.read_regions(index.coords, 224, 0.5), original.read_regions(index.coords, 224, 0.5)
+        )
+
+
+def test_a_slide_with_much_damage_fails_alone(slides, indexed, tmp_path):
+    path = spoilt(indexed[0][0].path, tmp_path / "slide.tif", 0.34)
+    records = [SlideRecord("bad", path, None, "p"), indexed[1][0]]
+    report = index_slides(records, tmp_path / "index", num_workers=1, overview=False, progress=False)
+    assert [item.status for item in report.items] == ["failed", "done"]
+    assert "tiles cannot be decoded, more than max_unreadable (5%)" in report.items[0].message
+    assert report.exit_code == 3

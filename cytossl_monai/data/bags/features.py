@@ -19,6 +19,13 @@ __all__ = ["Features", "read_feature_attrs", "read_features", "write_features"]
 FORMAT = "cytossl-features"
 VERSION = 1
 
+NO_PLACE = -1
+"""Coordinate of a tile of which the file does not say where it lies."""
+
+_MAX_COORD = 1 << 40
+_SMALL_BYTES = 1 << 30
+_MOST_COMPRESSED = 1000
+
 
 @dataclass(frozen=True)
 class Features:
@@ -26,7 +33,8 @@ class Features:
 
     Args:
         features: (N, D) float32, one row a tile.
-        coords: (N, 2) int64, x and y of the tile's top-left corner in level-0 pixels.
+        coords: (N, 2) int64, x and y of the tile's top-left corner in level-0 pixels; -1 where the file says nothing
+            (features without coordinates, or of a whole slide).
         attrs: the file's attributes, among them ``encoder``, ``patch_size``, ``patch_size_level0``, ``level0_mpp``.
     """
 
@@ -79,6 +87,8 @@ def write_features(
         raise FeatureError(
             f"features for {path} must be (N, D) with coords (N, 2), not {values.shape} with {places.shape}"
         )
+    if values.dtype.kind not in "iuf":
+        raise FeatureError(f"features for {path} are of the type {values.dtype}, not real numbers")
     if not len(values):
         raise FeatureError(f"no tile to write to {path}: the slide has an empty bag; leave the slide out")
     if not np.issubdtype(places.dtype, np.integer) and not np.array_equal(places, np.rint(places)):
@@ -103,7 +113,10 @@ def write_features(
 
 
 def read_features(path: str | os.PathLike[str], encoder: str | None = None) -> Features:
-    """Read one slide's features; files of CLAM and TRIDENT are read as well.
+    """Read one slide's features; files of CLAM, TRIDENT and STAMP are read as well.
+
+    STAMP's dataset is ``feats`` and its coordinates are micrometres: they are taken as pixels of 1 um (``level0_mpp``).
+    Files without ``coords`` are read for MIL, and features (D,) of a whole slide are a bag of one.
 
     Args:
         path: the HDF5 file.
@@ -119,21 +132,23 @@ def read_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
     """
     path = Path(path)
     with _opened(path) as file:
+        stored, placed = _datasets(file, path)
         try:
-            features = np.asarray(file["features"][()], dtype=np.float32)
-            coords = np.asarray(file["coords"][()])
-        except (KeyError, OSError, ValueError, TypeError) as error:
-            raise FeatureError(
-                f"feature file {path} has no readable 'features' and 'coords' ({error}); make it again"
-            ) from error
-        attrs = _attributes(file)
-    if features.ndim == 3 and features.shape[0] == 1:
-        features = features[0]  # some slide tools keep a batch axis
-    if features.ndim != 2 or coords.shape != (len(features), 2):
+            features = np.asarray(stored[()], dtype=np.float32)
+            coords = None if placed is None else np.asarray(placed[()])
+        except (KeyError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise FeatureError(f"feature file {path} cannot be read ({error}); make it again") from error
+        attrs = _attributes(file, stored, placed)
+    features = features.reshape(_bag_shape(features.shape))
+    if coords is None:
+        coords = np.full((len(features), 2), NO_PLACE, np.int64)
+    if coords.shape != (len(features), 2):
         raise FeatureError(
             f"feature file {path} holds features {features.shape} and coords {coords.shape}, not (N, D) and (N, 2); "
             "make it again"
         )
+    if not np.isfinite(coords).all() or (np.abs(coords) > _MAX_COORD).any():
+        raise FeatureError(f"feature file {path} holds coords that are no places on a slide; make it again")
     if not len(features):
         raise FeatureError(f"feature file {path} is an empty bag: it holds no tile; leave the slide out")
     if not np.isfinite(features).all():
@@ -158,9 +173,66 @@ def read_feature_attrs(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     with _opened(path) as file:
-        if "features" not in file or "coords" not in file:
-            raise FeatureError(f"feature file {path} has no 'features' and 'coords'; make it again")
-        return {**_attributes(file), "shape": tuple(int(n) for n in file["features"].shape[-2:])}
+        stored, placed = _datasets(file, path)
+        return {**_attributes(file, stored, placed), "shape": _bag_shape(tuple(int(n) for n in stored.shape))}
+
+
+def _datasets(file: h5py.File, path: Path) -> tuple[h5py.Dataset, h5py.Dataset | None]:
+    """The features and, where the file has them, their coordinates, looked at before anything is read.
+
+    Raises:
+        FeatureError: when they are no arrays of numbers, lie in another file, or are larger than memory.
+    """
+    try:
+        name = next((name for name in ("features", "feats") if name in file), None)
+        found = [
+            None if one is None else _dataset(file, one, path) for one in (name, "coords" if "coords" in file else None)
+        ]
+    except (KeyError, OSError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, FeatureError):
+            raise
+        raise FeatureError(f"feature file {path} is damaged ({error}); make it again") from error
+    stored, placed = found
+    if stored is None:
+        raise FeatureError(f"feature file {path} has no dataset 'features' (or 'feats', of STAMP); make it again")
+    shape = tuple(int(n) for n in stored.shape)
+    if len(_bag_shape(shape)) != 2 or 0 in shape[-1:]:
+        raise FeatureError(
+            f"feature file {path} holds features of the shape {shape}, not (N, D) for tiles or (D,) for a slide; "
+            "make it again"
+        )
+    return stored, placed
+
+
+def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
+        raise FeatureError(f"feature file {path}: {name!r} is a link to another file; copy the data into this one")
+    data = file[name]
+    if not isinstance(data, h5py.Dataset):
+        raise FeatureError(f"feature file {path}: {name!r} is a group, not a dataset; make it again")
+    if data.is_virtual or data.external:
+        raise FeatureError(f"feature file {path}: {name!r} lies in another file; copy the data into this one")
+    if data.dtype.kind not in "iuf":
+        raise FeatureError(f"feature file {path}: {name!r} is of the type {data.dtype}, not numbers; make it again")
+    size = 4 * int(np.prod([int(n) for n in data.shape], dtype=object))
+    held = int(data.id.get_storage_size())
+    if size > _memory() or (size > _SMALL_BYTES and size > _MOST_COMPRESSED * max(held, 1)):
+        raise FeatureError(
+            f"feature file {path}: {name!r} declares {size / 1e9:,.1f} GB and holds {held / 1e9:,.3f} GB; make it again"
+        )
+    return data
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 1 << 40
+
+
+def _bag_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(N, D): some tools keep a batch axis, and features of a whole slide (D,) are a bag of one."""
+    if len(shape) == 1:
+        return (1, *shape)
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
 
 
 def _opened(path: Path) -> h5py.File:
@@ -172,13 +244,20 @@ def _opened(path: Path) -> h5py.File:
         raise FeatureError(f"feature file {path} is damaged or no HDF5 ({error}); delete it and embed again") from error
 
 
-def _attributes(file: h5py.File) -> dict[str, Any]:
+def _attributes(file: h5py.File, stored: h5py.Dataset, placed: h5py.Dataset | None) -> dict[str, Any]:
     attrs: dict[str, Any] = {}
-    for holder in (file["features"], file["coords"], file):
+    for holder in (stored, *(() if placed is None else (placed,)), file):
         for key, value in holder.attrs.items():
             if isinstance(value, bytes):
                 value = value.decode("utf-8", "replace")
             elif isinstance(value, np.generic):
                 value = value.item()
             attrs[key] = value
+    if stored.name == "/feats":
+        # STAMP writes coordinates in micrometres: pixels of one micrometre, as it were.
+        attrs.setdefault("level0_mpp", 1.0)
+        if "tile_size_um" in attrs:
+            attrs.setdefault("patch_size_level0", round(float(attrs["tile_size_um"])))
+        if "extractor" in attrs:
+            attrs.setdefault("encoder_name", str(attrs["extractor"]))
     return attrs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ the slide's level that it is read from. ``mpp``: micrometres per pixel that it i
 whose centre lies in the tile. ``nuclei_fraction``, ``foreground_fraction``: share of its area, 0 to 1. ``sharpness``:
 the slide's sharpest tiles have about 1.
 """
+_MAX_MPP, _MAX_TILE = 1000.0, 1 << 16
 _META_KEY = b"cytossl_tile_index"
 
 
@@ -134,9 +136,27 @@ class TileIndex:
         path = Path(path)
         meta = cls.read_meta(path)
         try:
-            return cls(pq.read_table(path).to_pandas(), meta)
+            index = cls(pq.read_table(path).to_pandas(), meta)
         except (pa.ArrowException, OSError) as error:
             raise TableError(f"tile index {path} is damaged ({error}); delete it and index the slide again") from error
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from error
+        complaint = index.complaint()
+        if complaint is not None:
+            raise TableError(f"tile index {path} {complaint}; delete it and index the slide again")
+        return index
+
+    def complaint(self) -> str | None:
+        """What of its numbers cannot be, to follow the file's name; None where all can."""
+        table = self.table
+        if not (0 < self.level0_mpp < _MAX_MPP and 0 < self.mpp < _MAX_MPP and 0 < self.tile_size < _MAX_TILE):
+            return f"has tiles of {self.tile_size} pixels at {self.mpp} um of a slide at {self.level0_mpp}"
+        if (table["size"] < 1).any() or not ((table["mpp"] > 0) & (table["mpp"] < _MAX_MPP)).all():
+            return "has a size or a resolution that is not above 0"
+        for start, side in (("x", "width"), ("y", "height")):
+            if side in self.meta and not ((table[start] + table["size"] > 0) & (table[start] < self.meta[side])).all():
+                return f"has tiles outside its slide, whose {side} is {self.meta[side]} pixels"
+        return None
 
     @staticmethod
     def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -158,10 +178,28 @@ class TileIndex:
         stored = (found.metadata or {}).get(_META_KEY)
         if stored is None:
             raise TableError(f"{path} is a Parquet file but no tile index; give the folder that index.json wrote")
-        meta: dict[str, Any] = json.loads(stored)
-        if int(meta.get("version", 0)) > VERSION:
+        try:
+            meta: dict[str, Any] = dict(json.loads(stored))
+            version = int(meta.get("version", 0))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise TableError(_unreadable(path, str(error))) from error
+        if version > VERSION:
             raise TableError(
-                f"tile index {path} is of version {meta['version']}, this program reads up to {VERSION}; "
+                f"tile index {path} is of version {version}, this program reads up to {VERSION}; "
                 "update the program or index the slide again"
             )
+        try:
+            numbers = [meta["level0_mpp"], meta["settings"]["tile_size"], meta["settings"]["mpp"]]
+            for value in (*numbers, *(meta[side] for side in ("width", "height") if side in meta)):
+                if isinstance(value, bool) or not math.isfinite(float(value)):
+                    raise ValueError(f"{value!r} is no number")
+            if not isinstance(meta["slide_id"], str) or not isinstance(meta["slide_path"], str):
+                raise ValueError("its slide has no name or no path")
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"they lack {error}" if isinstance(error, KeyError) else str(error)
+            raise TableError(_unreadable(path, what)) from error
         return {**meta, "n_tiles": found.num_rows}
+
+
+def _unreadable(path: Path, what: str) -> str:
+    return f"tile index {path} is damaged: its facts cannot be read ({what}); delete it and index the slide again"

@@ -22,7 +22,7 @@ from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
-from cytossl_monai.index.build import check_unreadable
+from cytossl_monai.index.damage import check_unreadable
 from cytossl_monai.index.low_power import Grid
 from cytossl_monai.transforms.nuclei.mask import nuclei_mask
 from cytossl_monai.utils.errors import TableError, failure

@@ -21,7 +21,7 @@ from cytossl_monai.utils.cells import plain_cell, stored_cell
 from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["SlideRecord", "encode_labels", "read_slide_table", "write_slide_table"]
+__all__ = ["SlideRecord", "encode_labels", "id_of_file", "read_slide_table", "write_slide_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,12 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
             path,
         )
     return records
+
+
+def id_of_file(path: Path) -> str:
+    """A slide_id for a slide that no table names: the file's stem, made a name that the table would take."""
+    name = _UNSAFE_ID.sub("_", path.stem.strip().lstrip(".")).encode()[:_MAX_ID_BYTES].decode("utf-8", "ignore")
+    return f"{name}_slide" if _RESERVED_ID.fullmatch(name) else name or "slide"
 
 
 def write_slide_table(path: str | os.PathLike[str], records: Iterable[SlideRecord]) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from monai.transforms import Transform
 
-from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
+from cytossl_monai.data.slide_table import SlideRecord, id_of_file, read_slide_table
 from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.index.build import EmptySlideError, IndexSettings, index_to_file
@@ -26,8 +26,17 @@ from cytossl_monai.utils.shard import ALL, Shard
 
 __all__ = ["SUFFIXES", "IndexSlided", "slide_items", "slide_records"]
 
-SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".dcm", ".png", ".jpg")
+SUFFIXES = (
+    ".svs", ".tif", ".tiff", ".btf", ".qptiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi",
+    ".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".bmp",
+)  # fmt: skip
 """What counts as a slide where a folder is given; anything that opens is taken where a path is given."""
+
+_MAX_NAMED = 10
+_NO_IMAGES = (".csv", ".json", ".txt", ".md", ".xml", ".html", ".log", ".parquet", ".h5", ".geojson")
+"""What lies beside slides and nobody expects to be read."""
+
+logger = logging.getLogger(__name__)
 
 
 def slide_records(
@@ -62,12 +71,21 @@ def slide_records(
         root = Path(str(folder))
         if not root.is_dir():
             raise TableError(f"the folder of slides {root} does not exist; give another dataset_dir")
-        paths = sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
+        paths = [p for p in files if p.suffix.lower() in SUFFIXES]
+        others = [p.name for p in files if p.suffix.lower() not in (*SUFFIXES, *_NO_IMAGES)]
+        if others:
+            logger.warning(
+                "%d files in %s are passed over, their suffix is that of no slide: %s; give a slide table to try them",
+                len(others),
+                root,
+                ", ".join(others[:_MAX_NAMED]) + (" and others" if len(others) > _MAX_NAMED else ""),
+            )
         if not paths:
             raise TableError(f"the folder {root} holds no slide ({', '.join(SUFFIXES)}); give another dataset_dir")
     records: dict[str, SlideRecord] = {}
     for path in paths:
-        slide_id = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", path.stem).lstrip(".") or "slide"
+        slide_id = id_of_file(path)
         if slide_id.casefold() in records:
             raise TableError(
                 f"{path} and {records[slide_id.casefold()].path} would both be named {slide_id}; give a slide table"

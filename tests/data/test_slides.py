@@ -167,7 +167,7 @@ def test_thumbnail_of_a_slide_without_pyramid_is_read_in_parts(
     path = write_pyramid(tmp_path / "one.tif", image, levels=1)
     with open_slide(path) as slide:
         whole = slide.thumbnail(100)
-        monkeypatch.setattr("cytossl_monai.data.slides.slide._MAX_SOURCE_PIXELS", 20_000)
+        monkeypatch.setattr("cytossl_monai.data.slides.reading._MAX_SOURCE_PIXELS", 20_000)
         parts = slide.thumbnail(100)
     assert whole.shape == parts.shape == (3, 74, 100)
     np.testing.assert_allclose(whole.astype(int), parts, atol=1)

@@ -18,6 +18,7 @@ from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.data.tiles.loader import choose_workers, tile_loader
 from cytossl_monai.data.tiles.sampler import SSLBatchSampler
 from cytossl_monai.utils.errors import InputError, SlideError, TableError
+from cytossl_monai.utils.files import file_fingerprint
 
 SIDE, TILE, MPP = 512, 32, 0.25
 
@@ -150,6 +151,37 @@ def test_moved_slides_are_found(tmp_path: Path, slides: dict[str, np.ndarray]) -
     for name in slides:
         (tmp_path / f"{name}.tif").rename(moved / f"{name}.tif")
     assert len(TileDataset(tmp_path / "index", slide_root=moved)) == 26
+
+
+def test_moved_slides_of_one_name_are_told_apart(tmp_path: Path, slides: dict[str, np.ndarray]) -> None:
+    for name in slides:
+        path = tmp_path / "index" / f"{name}.parquet"
+        index = TileIndex.read(path)
+        old = Path("/old/cohort") / name / "scan.tif"
+        TileIndex(index.table, {**index.meta, "slide_path": str(old)}).write(path)
+        place = tmp_path / "kept" / name
+        place.mkdir(parents=True)
+        (place / "scan.tif").write_bytes((tmp_path / f"{name}.tif").read_bytes())
+    data = TileDataset(tmp_path / "index", slide_root=tmp_path / "kept")
+    assert [path.parent.name for path in data.slide_paths] == sorted(slides)
+    (tmp_path / "scan.tif").write_bytes((tmp_path / "a.tif").read_bytes())
+    with pytest.raises(TableError, match=r"scan\.tif would be both slide a and slide b|changed|no tile to train on"):
+        TileDataset(tmp_path / "index", slide_root=tmp_path)
+
+
+def test_a_slide_that_changed_since_its_index_is_left_out(tmp_path: Path, slides: dict[str, np.ndarray]) -> None:
+    path = tmp_path / "index" / "a.parquet"
+    index = TileIndex.read(path)
+    slide = tmp_path / "a.tif"
+    meta = {**index.meta, "fingerprint": file_fingerprint(slide), "slide_size": slide.stat().st_size, "slide_mtime": 0}
+    TileIndex(index.table, meta).write(path)
+    whole = len(TileDataset(tmp_path / "index"))  # another time, the same content: a copy
+    slide.write_bytes(slide.read_bytes() + b"x")
+    data = TileDataset(tmp_path / "index")
+    assert len(data) == whole - len(index)
+    assert "a.tif has changed since it was indexed" in data.skipped["a"]
+    with pytest.raises(SlideError, match="has changed"):
+        TileDataset(tmp_path / "index", on_missing="raise")
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

@@ -19,6 +19,7 @@ from cytossl_monai.transforms.nuclei.array import LoadNuclei, SegmentNuclei
 from cytossl_monai.transforms.nuclei.dictionary import LoadNucleid
 from cytossl_monai.transforms.nuclei.imported import labels_from_geojson, labels_from_map
 from cytossl_monai.transforms.views.dictionary import RandCropAtNucleusd
+from cytossl_monai.utils.errors import InputError
 
 image, truth = draw([Disc(16, 18, 8), Disc(46, 20, 8)])
 
@@ -76,12 +77,70 @@ def test_holes_parts_cells_and_what_has_no_area() -> None:
         "type": "Feature",
         "geometry": {"type": "MultiPolygon", "coordinates": [[square(0, 0, 2)], [square(5, 5, 3)]]},
     }
-    assert labels_from_geojson(parts, (10, 10)).sum() == 4 + 9  # one object of two parts
+    assert labels_from_geojson(parts, (10, 10)).sum() == 4 + 2 * 9  # CellViT: a class is one object of many nuclei
     cell = feature([square(0, 0, 9)], nucleusGeometry={"type": "Polygon", "coordinates": [square(3, 3, 3)]})
     assert (labels_from_geojson(cell, (10, 10)) > 0).sum() == 9
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [3, 3]}}
     outside = feature([square(50, 50, 5)])
     assert not labels_from_geojson([point, outside, {"type": "Feature", "geometry": None}], (10, 10)).any()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_an_annotation_beside_detections_is_no_nucleus(last: bool) -> None:
+    detections = [feature([square(x, 2, 3)], properties={"objectType": "detection"}) for x in (1, 6)]
+    around = feature([square(0, 0, 10)], properties={"objectType": "annotation", "name": "region"})
+    found = labels_from_geojson([*detections, around] if last else [around, *detections], (10, 10))
+    assert (found.max(), (found > 0).sum()) == (2, 18)
+    assert labels_from_geojson([around], (10, 10)).all()  # annotations alone: nuclei outlined by hand
+
+
+def test_geometries_of_every_form(tmp_path: Path) -> None:
+    one, two = ({"type": "Polygon", "coordinates": [square(x, 1, 3)]} for x in (1, 6))
+    expected = labels_from_geojson([feature(one["coordinates"]), feature(two["coordinates"])], (10, 10))
+    assert expected.max() == 2
+    collection = {"type": "GeometryCollection", "geometries": [one, two, {"type": "Point", "coordinates": [1, 1]}]}
+    for content in (
+        [one, two],
+        collection,
+        {"type": "Feature", "geometry": collection, "properties": None},
+        {"type": "MultiPolygon", "coordinates": [one["coordinates"], two["coordinates"], [], [[]]]},
+        {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": g} for g in (one, two)]},
+        [feature([[]]), one, feature([]), two],
+    ):
+        np.testing.assert_array_equal(labels_from_geojson(content, (10, 10)), expected)
+    path = tmp_path / "bom.geojson"
+    path.write_text(json.dumps(collection), encoding="utf-8-sig")
+    np.testing.assert_array_equal(labels_from_geojson(path, (10, 10)), expected)
+    assert not labels_from_geojson({"type": "FeatureCollection", "features": []}, (10, 10)).any()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"cells": [{"contour": [[0, 0], [1, 1]]}]},
+        {"nuc": {"1": {}}},
+        {"type": "FeatureCollection"},
+        {"type": "FeatureCollection", "features": {"a": 1}},
+        [1, 2],
+        ["a"],
+        [{"bbox": [1, 2, 3, 4]}],
+        3,
+        None,
+        {"type": "Feature", "geometry": {"type": "Polygon"}},
+        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": "x"}},
+        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[["a", "b"]]]}},
+        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [float("nan"), 1], [1, 1]]]}},
+        {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [3]}},
+    ],
+)
+def test_json_that_is_no_geojson_is_refused(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "cells.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"cells\.json"):
+        labels_from_geojson(path, (10, 10))
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is no JSON"):
+        labels_from_geojson(path, (10, 10))
 
 
 def test_files_of_each_kind_give_what_segmentation_gives(tmp_path: Path) -> None:

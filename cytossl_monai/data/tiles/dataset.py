@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate
 from cytossl_monai.data.slides.pool import SlidePool
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.utils.errors import InputError, SlideError, TableError
-from cytossl_monai.utils.files import visible_files
+from cytossl_monai.utils.files import file_fingerprint, visible_files
 
 __all__ = ["MixedDataset", "TileDataset", "collate_tiles"]
 
@@ -71,13 +71,15 @@ class TileDataset(Dataset[Item]):
         mpp: micrometres per pixel to read at; default: as indexed. The tile keeps its centre.
         transform: applied to each item in the worker.
         slide_ids: use only these; default: all.
-        slide_root: where the slides lie now, if they have been moved since indexing: looked up by file name.
+        slide_root: where the slides lie now, if they have been moved since indexing: looked up by the end of their
+            path, with as many folders as are still there, at least by file name.
         weight_column: column of the index that says how much a tile is wanted; None: all alike.
         weight_power: a tile's weight is ``(1 + column) ** weight_power``.
         min_nuclei: leave out tiles with fewer nuclei.
         backend: slide reader, see ``open_slide``.
         max_open: open slides a process.
-        on_missing: ``"skip"`` leaves a slide out whose file is gone, and says so; ``"raise"`` stops.
+        on_missing: ``"skip"`` leaves a slide out whose file is gone or has changed since it was indexed, and says so;
+            ``"raise"`` stops.
 
     Raises:
         TableError: when the folder holds no index, a name in ``slide_ids`` is unknown, or no tile is left.
@@ -108,9 +110,15 @@ class TileDataset(Dataset[Item]):
         self._level0_mpp: list[float] = []
         parts: dict[str, list[np.ndarray]] = {"group": [], "x": [], "y": [], "mpp": [], "size": [], "weight": []}
         for table in self._select(_index_files(index), slide_ids):
-            path = table.slide_path if slide_root is None else Path(slide_root) / table.slide_path.name
-            if not path.exists():
-                message = f"slide {table.slide_id}: {path} is gone; put it back or give slide_root"
+            path = table.slide_path if slide_root is None else _moved(Path(slide_root), table.slide_path)
+            message = _unfit(table, path)
+            if message is None and path in self.slide_paths:
+                twin = self.slide_ids[self.slide_paths.index(path)]
+                raise TableError(
+                    f"{path} would be both slide {twin} and slide {table.slide_id}: below slide_root keep the folders "
+                    "that tell files of one name apart"
+                )
+            if message is not None:
                 if on_missing == "raise":
                     raise SlideError(message)
                 logger.error("left out: %s", message)
@@ -299,6 +307,28 @@ class MixedDataset(Dataset[Item]):
 
     def __getitem__(self, key: Key) -> Item:
         return self.__getitems__([key])[0]
+
+
+def _moved(root: Path, path: Path) -> Path:
+    """Where a slide lies below ``root``: by the longest end of its old path that there is."""
+    for start in range(1, len(path.parts)):
+        place = root.joinpath(*path.parts[start:])
+        if place.exists():
+            return place
+    return root / path.name
+
+
+def _unfit(table: TileIndex, path: Path) -> str | None:
+    """Why a slide cannot be trained on, None where it can: gone, or not the file that was indexed."""
+    if not path.exists():
+        return f"slide {table.slide_id}: {path} is gone; put it back or give slide_root"
+    status, facts = path.stat(), table.meta
+    # A file of the same size and time is not read for its fingerprint: a cohort has thousands.
+    if (status.st_size, status.st_mtime) == (facts.get("slide_size"), facts.get("slide_mtime")):
+        return None
+    if facts.get("fingerprint") in (None, file_fingerprint(path)):
+        return None
+    return f"slide {table.slide_id}: {path} has changed since it was indexed; index it again"
 
 
 def _index_files(index: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:

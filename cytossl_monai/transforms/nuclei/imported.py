@@ -23,6 +23,12 @@ from cytossl_monai.utils.errors import InputError
 
 __all__ = ["labels_from_geojson", "labels_from_map"]
 
+_GEOMETRIES = frozenset(
+    {"Polygon", "MultiPolygon", "GeometryCollection", "Point", "MultiPoint", "LineString", "MultiLineString"}
+)
+_NO_NUCLEI = frozenset({"annotation", "tile", "tma_core", "core", "root", "pathannotationobject", "pathtileobject"})
+"""What QuPath calls objects that are no detections."""
+
 
 def labels_from_map(instances: ArrayLike | torch.Tensor, name: str = "mask") -> NDArray[np.int32]:
     """An instance map or a binary mask as instance labels.
@@ -57,19 +63,63 @@ def _numbered(array: NDArray[Any]) -> NDArray[np.int32]:
     return (inverse.reshape(array.shape) + (0 if values.size and values[0] == 0 else 1)).astype(np.int32)
 
 
-def _rings(feature: Any, name: str) -> Iterator[list[NDArray[np.float64]]]:
-    """The polygons of a feature, each as its outer ring and its holes, (n, 2) x, y."""
-    geometry = feature.get("nucleusGeometry") or feature.get("geometry") if isinstance(feature, Mapping) else None
+def _objects(content: Any, name: str) -> Iterator[Mapping[str, Any]]:
+    """The objects that GeoJSON holds: features, or bare geometries as if they were features.
+
+    Raises:
+        InputError: it holds neither.
+    """
+    if isinstance(content, Mapping):
+        kind = content.get("type")
+        if kind == "FeatureCollection":
+            content = content.get("features")
+        elif kind == "Feature" or kind in _GEOMETRIES:
+            content = [content]
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        what = ", ".join(sorted(map(str, content))[:5]) if isinstance(content, Mapping) else type(content).__name__
+        raise InputError(
+            f"{name} is no GeoJSON: it holds no features ({what[:80]}); export objects from QuPath as GeoJSON."
+        )
+    for item in content:
+        if not isinstance(item, Mapping) or (item.get("type") != "Feature" and item.get("type") not in _GEOMETRIES):
+            raise InputError(
+                f"{name} is no GeoJSON: one of its objects is {str(item)[:60]!r}; export it from QuPath again."
+            )
+        yield item if item.get("type") == "Feature" else {"geometry": item}
+
+
+def _is_annotation(feature: Mapping[str, Any]) -> bool:
+    """Whether QuPath calls the object something other than a nucleus: the annotation around them, a tile, a core."""
+    properties = feature.get("properties")
+    kind = properties.get("objectType", properties.get("object_type")) if isinstance(properties, Mapping) else None
+    return isinstance(kind, str) and kind.lower().removeprefix("pathology_") in _NO_NUCLEI
+
+
+def _polygons(geometry: Any, name: str) -> Iterator[list[NDArray[np.float64]]]:
+    """The polygons of a geometry, each as its outer ring and its holes, (n, 2) x, y; empty ones are left out."""
     kind = geometry.get("type") if isinstance(geometry, Mapping) else None
+    if kind == "GeometryCollection":
+        parts = geometry.get("geometries")
+        for part in parts if isinstance(parts, Sequence) else ():
+            yield from _polygons(part, name)
+        return
     if kind not in ("Polygon", "MultiPolygon"):
-        return  # points and lines of annotations have no area
+        return  # points and lines have no area
     assert isinstance(geometry, Mapping)
-    parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
-    for part in parts:
-        rings = [np.asarray(ring, dtype=np.float64) for ring in part]
-        if not rings or any(ring.ndim != 2 or ring.shape[1] < 2 for ring in rings):
-            raise InputError(f"{name} holds a {kind} whose rings are no lists of x, y; export it from QuPath again.")
-        yield [ring[:, :2] for ring in rings]
+    coordinates = geometry.get("coordinates")
+    broken = InputError(f"{name} holds a {kind} whose rings are no lists of x, y; export it from QuPath again.")
+    if not isinstance(coordinates, Sequence) or isinstance(coordinates, str):
+        raise broken
+    for part in [coordinates] if kind == "Polygon" else coordinates:
+        try:
+            rings = [np.asarray(ring, dtype=np.float64) for ring in part]
+        except (TypeError, ValueError) as error:
+            raise broken from error
+        rings = [ring for ring in rings if ring.size]
+        if any(ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all() for ring in rings):
+            raise broken
+        if rings:
+            yield [ring[:, :2] for ring in rings]
 
 
 def labels_from_geojson(
@@ -81,10 +131,15 @@ def labels_from_geojson(
     """Draw the polygons of a GeoJSON, as QuPath exports them, into the instance map of a tile.
 
     Cells that QuPath detected carry the outline of their nucleus beside that of the cell (``nucleusGeometry``): the
-    nucleus is taken. Where polygons overlap, the later one wins.
+    nucleus is taken. Objects that QuPath calls annotations, tiles or cores are no nuclei, where the file holds
+    detections too. Each polygon is an instance, also in the MultiPolygon of a class that CellViT writes. Where polygons
+    overlap, the later one wins.
+
+    QuPath crops slides with an ``openslide.bounds-x`` (MRXS) and counts from the scanned part: subtract
+    ``Slide.bounds_offset`` from ``origin`` there.
 
     Args:
-        source: a file, or what it holds: a FeatureCollection, a feature, or a list of features.
+        source: a file, or what it holds: a FeatureCollection, a feature, a geometry, or a list of them.
         shape: (H, W) of the tile in pixels.
         origin: x, y of the tile's top-left corner in the polygons' pixels (level 0 of the slide).
         downsample: pixels of level 0 to one pixel of the tile.
@@ -103,17 +158,19 @@ def labels_from_geojson(
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
         try:
-            content = json.loads(Path(source).read_text(encoding="utf-8"))
+            content = json.loads(Path(source).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise InputError(f"{name} cannot be read ({error.strerror}); give a GeoJSON file.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{name} is no JSON ({error}); export it from QuPath as GeoJSON.") from error
-    features = content.get("features", [content]) if isinstance(content, Mapping) else content
-    if not isinstance(features, Sequence) or isinstance(features, str):
-        raise InputError(f"{name} is no GeoJSON: it holds no features; export objects from QuPath as GeoJSON.")
+    objects = list(_objects(content, name))
+    nuclei = [one for one in objects if not _is_annotation(one)]
     labels = np.zeros(shape, dtype=np.int32)
-    for number, feature in enumerate(features, start=1):
-        for rings in _rings(feature, name):
+    number = 0
+    # A file of annotations alone: somebody outlined the nuclei by hand.
+    for feature in nuclei or objects:
+        for rings in _polygons(feature.get("nucleusGeometry") or feature.get("geometry"), name):
+            number += 1
             inside = np.zeros(shape, dtype=bool)
             for index, ring in enumerate(rings):
                 # A pixel is covered where its centre is: that of pixel 0 lies at 0.5.

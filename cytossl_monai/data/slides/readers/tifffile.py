@@ -21,7 +21,9 @@ class TiffFileBackend(Backend):
     """Opens through MONAI's TiffFileWSIReader, whose region reading decodes the whole level; this one does not."""
 
     name: ClassVar[str] = "tifffile"
-    suffixes: ClassVar[frozenset[str] | None] = frozenset({".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".btf"})
+    suffixes: ClassVar[frozenset[str] | None] = frozenset(
+        {".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".btf", ".qptiff"}
+    )
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

@@ -31,6 +31,9 @@ WEIGHTS = {
 }
 """Files of each bundle's models/ and what reads them."""
 
+SHIPPED = {"cytossl_pretrain": {"resnet10_cells.pt": load_encoder}}
+"""Weights that lie in the checkout and go into every archive of their bundle, and what reads them."""
+
 SKIPPED_FOLDERS = {"models", "output", "eval", "__pycache__"}
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -64,6 +67,11 @@ def check_bundle(bundle: Path) -> str:
     for name in ("LICENSE", "configs/metadata.json", "configs/inference.json", "docs/README.md", "large_files.yml"):
         if not (bundle / name).is_file():
             raise ReleaseError(f"{bundle / name} is missing")
+    for name, read in SHIPPED.get(bundle.name, {}).items():
+        try:
+            read(bundle / "models" / name)
+        except InputError as error:
+            raise ReleaseError(f"{error}; it is part of the checkout: git checkout -- {bundle / 'models'}") from error
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     version = str(metadata["version"])
     if version not in metadata["changelog"]:
@@ -124,6 +132,7 @@ def write_archive(path: Path, bundle: Path, models: Mapping[str, Path]) -> Path:
         if file.is_file() and not SKIPPED_FOLDERS & set(file.relative_to(bundle).parts)
     }
     members[f"{bundle.name}/models/README.md"] = bundle / "models" / "README.md"
+    members |= {f"{bundle.name}/models/{name}": bundle / "models" / name for name in SHIPPED.get(bundle.name, {})}
     members |= {f"{bundle.name}/models/{name}": file for name, file in models.items()}
     with atomic_path(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         for name in sorted(members):

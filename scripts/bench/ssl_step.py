@@ -6,21 +6,28 @@ teacher where the method has one. The method's step is its forward and backward 
 else the machine does hits both; the overhead is the median over turns of step / floor - 1.
 
     python scripts/bench/ssl_step.py --backbone vit_small --batch 16
+
+With ``--shortcuts`` a third step takes its turn: the same one without the attention's shortcuts (no mask where every
+patch sees every other; terms added inside the product on a CPU). The gain is the median of the turns' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from cytossl_monai import networks
 from cytossl_monai.methods import BYOL, DINO, IBOT, MAE, MoCoV3, SimCLR, SSLMethod
+from cytossl_monai.networks.blocks.attention import dense
+from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 
 METHODS: dict[str, Callable[..., SSLMethod]] = {
     "simclr": SimCLR,
@@ -33,9 +40,20 @@ METHODS: dict[str, Callable[..., SSLMethod]] = {
 LOCAL_CROPS = {"dino": 8, "ibot": 8}
 
 
-def build_encoder(backbone: str) -> nn.Module:
-    network = getattr(networks, backbone)()
-    return networks.Encoder(network, pool="mean" if backbone == "resnet50" else "cls")
+def build_encoder(backbone: str, patch_size: int | None = None, size: int = 224) -> nn.Module:
+    settings = {} if patch_size is None else {"patch_size": patch_size, "img_size": size}
+    return networks.Encoder(getattr(networks, backbone)(**settings))
+
+
+def without_shortcuts(step: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        plain = {"_sees_all": (SparseAttention, lambda *_: False), "_products_pay": (dense, lambda *_: False)}
+        with contextlib.ExitStack() as stack:
+            for name, (owner, value) in plain.items():
+                stack.enter_context(mock.patch.object(owner, name, value))
+            step()
+
+    return run
 
 
 def make_views(name: str, batch: int, size: int, device: torch.device) -> dict[str, list[Tensor]]:
@@ -83,7 +101,7 @@ def timed(step: Callable[[], None], method: SSLMethod, device: torch.device, clo
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     device = torch.device(args.device)
     torch.manual_seed(0)
-    method = METHODS[name](build_encoder(args.backbone)).to(device).train()
+    method = METHODS[name](build_encoder(args.backbone, args.patch_size, args.size)).to(device).train()
     views = make_views(name, args.batch, args.size, device)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
 
@@ -98,14 +116,16 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     for _ in range(args.warmup):
         timed(floor, method, device, clock)
         timed(full, method, device, clock)
-    floors, steps = [], []
+    floors, steps, plain = [], [], []
     for _ in range(args.repeats):
         floors.append(timed(floor, method, device, clock))
         steps.append(timed(full, method, device, clock))
+        plain.append(timed(without_shortcuts(full), method, device, clock) if args.shortcuts else steps[-1])
     return {
         "floor": args.batch / statistics.median(floors),
         "method": args.batch / statistics.median(steps),
         "overhead": statistics.median(s / f - 1 for s, f in zip(steps, floors, strict=True)),
+        "gain": statistics.median(p / s for p, s in zip(plain, steps, strict=True)),
     }
 
 
@@ -115,6 +135,8 @@ def main() -> None:
     parser.add_argument("--backbone", default="vit_small", help="vit_small, sr_vit_tiny, sr_vit_small, resnet50, ...")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of a global crop; local crops are 3/7 of it")
+    parser.add_argument("--patch-size", type=int, help="of a transformer; default: the backbone's, at 224 px")
+    parser.add_argument("--shortcuts", action="store_true", help="measure what the attention's shortcuts gain")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -125,12 +147,14 @@ def main() -> None:
         f"{args.backbone}, batch {args.batch}, {args.size} px, {args.device}, {args.precision}, "
         f"{torch.get_num_threads()} threads, {args.clock} clock, median of {args.repeats}"
     )
-    print("| method | floor (images/s) | step (images/s) | overhead |\n|---|---|---|---|")
+    print("| method | floor (images/s) | step (images/s) | overhead | gain of shortcuts |\n|---|---|---|---|---|")
     for name in args.methods:
-        if name in ("ibot", "mae") and args.backbone == "resnet50":
+        if name in ("ibot", "mae") and args.backbone.startswith("resnet"):
             continue
         row = measure(name, args)
-        print(f"| {name} | {row['floor']:.2f} | {row['method']:.2f} | {100 * row['overhead']:+.1f} % |", flush=True)
+        gain = f"{row['gain']:.3f}" if args.shortcuts else "-"
+        cells = f"{row['floor']:.2f} | {row['method']:.2f} | {100 * row['overhead']:+.1f} % | {gain}"
+        print(f"| {name} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ release = load_release()
 @pytest.fixture
 def checkout(tmp_path):
     """Bundles and changelog of the project, to be spoiled."""
-    skip = shutil.ignore_patterns("*.pt", "*.ts", "output", "eval")
+    skip = shutil.ignore_patterns("model.pt", "classifier.pt", "*.ts", "output", "eval")
     shutil.copytree(ROOT / "bundles", tmp_path / "bundles", ignore=skip)
     version = cytossl_monai.__version__
     (tmp_path / "CHANGELOG.md").write_text(
@@ -37,6 +37,9 @@ def test_archives_hold_the_bundle_and_its_weights(archives):
         assert {m.split("/")[0] for m in members} == {name}
         assert {f"{name}/models/model.pt", f"{name}/models/model.ts", f"{name}/configs/metadata.json"} <= set(members)
     assert "cytossl_inference/models/classifier.pt" in members
+    with zipfile.ZipFile(archives["cytossl_pretrain"]) as archive:
+        shipped = ROOT / "bundles" / "cytossl_pretrain" / "models" / "resnet10_cells.pt"
+        assert archive.read("cytossl_pretrain/models/resnet10_cells.pt") == shipped.read_bytes()
 
 
 def test_same_content_same_bytes_and_notes(checkout, cohort, tmp_path):
@@ -47,6 +50,15 @@ def test_same_content_same_bytes_and_notes(checkout, cohort, tmp_path):
     notes = (tmp_path / "a" / "RELEASE_NOTES.md").read_text()
     assert "- News." in notes
     assert "- Old." not in notes
+
+
+def test_a_checkout_without_the_encoder_that_ships_is_refused(checkout, tmp_path):
+    shipped = checkout / "bundles" / "cytossl_pretrain" / "models" / "resnet10_cells.pt"
+    for spoil in (lambda: shipped.write_bytes(b"no weights"), shipped.unlink):
+        spoil()
+        with pytest.raises(release.ReleaseError, match=r"resnet10_cells\.pt.*git checkout"):
+            release.build_release(tmp_path / "dist", [], checkout, torchscript=False)
+    assert not (tmp_path / "dist").exists()
 
 
 def spoil_metadata(checkout, **changes):

@@ -220,6 +220,8 @@ class SmallResNet(ResNet):
         ValueError: for arguments outside what is described.
     """
 
+    gives_vectors = True
+
     def __init__(self, depth: int = 18, width: int = 64, norm: str = "batch", in_channels: int = 3) -> None:
         if depth not in _LAYERS:
             raise ValueError(f"depth must be one of {', '.join(map(str, _LAYERS))}, got {depth}")

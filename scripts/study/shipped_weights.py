@@ -4,7 +4,7 @@
     python -m monai.bundle run --config_file "['bundles/cytossl_pretrain/configs/train.json',\
 'configs/data/images.yaml','configs/scale/cpu.yaml','configs/backbone/resnet10.yaml']" \
 --dataset_dir nuclei_tiles --images_mpp 0.25 --image_fit square --zoom "[0.64,1.0]" --batch_size 64 --base_lr 0.004 \
---steps 1400 --num_workers 0 --output_dir shipped
+--steps 580 --num_workers 0 --output_dir shipped
     python scripts/study/shipped_weights.py pack --encoder shipped/models/model.pt
 
 ``tiles`` cuts 112 px around every nucleus that this package finds in the frames of CRIC, the LBC fields (enlarged

@@ -70,7 +70,7 @@ def test_refused_before_anything_is_written(checkout, cohort, tmp_path):
     def build(*weights):
         release.build_release(tmp_path / "dist", weights, checkout, torchscript=False)
 
-    with pytest.raises(release.ReleaseError, match=r"encoder\.pt is no MIL classifier"):
+    with pytest.raises(release.ReleaseError, match=r"encoder\.pt: not a classifier file"):
         build(f"cytossl_mil={cohort.encoder}")
     with pytest.raises(release.ReleaseError, match=r"cytossl_inference/classifier\.pt"):
         build("cytossl_mil/other.pt=x")

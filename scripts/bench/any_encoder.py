@@ -84,7 +84,7 @@ def main() -> None:
                 ),
             }
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-            for _ in range(args.repeats + 1):  # the first round warms up
+            for turn in range(args.repeats + 1):  # the first round warms up
                 for name, way in ways.items():
                     if device.type == "cuda":
                         torch.cuda.synchronize()
@@ -93,6 +93,8 @@ def main() -> None:
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     times[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
+                    wall, cpu = times[name][-1]
+                    print(f"round {turn}: {name:34s} {wall:8.2f} s, {cpu:8.2f} s of processor", flush=True)
     threads = torch.get_num_threads()
     print(f"ViT-L/16, {len(tiles)} tiles of 224 px, batches of {args.batch_size}, {device}, {threads} threads")
     base = [min(values) for values in zip(*times["bare forward pass, plain ViT-L"][1:])]

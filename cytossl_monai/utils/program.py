@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from cytossl_monai.utils.console import write_above_bars
 from cytossl_monai.utils.errors import TRACEBACK, InputError, RunError, TrainingDiverged, WorkerDiedError
 
 __all__ = ["EXIT_INTERRUPTED", "keep_logs_in", "plain_errors", "sentence"]
@@ -102,6 +103,7 @@ def plain_errors() -> None:
         return
     _before = sys.excepthook
     sys.excepthook = _hook
+    write_above_bars()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_tells_something_new)
 

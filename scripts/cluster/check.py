@@ -40,32 +40,15 @@ def jobs() -> dict[str, tuple[str, str]]:
     return {i: (state, comment) for i, state, comment in (line.split("|", 2) for line in lines.splitlines())}
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes below one, deepest last."""
-    children: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
+def embedding_process(features: Path) -> int | None:
+    """A process that computes features into this folder: a bundle's own, not a shell that waits for it."""
+    for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda entry: int(entry.name)):
         try:
-            fields = status.read_text().rsplit(")", 1)[1].split()
-        except (OSError, IndexError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
             continue
-        children.setdefault(int(fields[1]), []).append(int(status.parent.name))
-    below = list(children.get(pid, []))
-    for one in below:
-        below.extend(children.get(one, []))
-    return below
-
-
-def bundle_process(job: str) -> int | None:
-    """The process that computes in a job: the deepest whose command is a bundle's."""
-    listed = subprocess.run(["scontrol", "listpids", job], capture_output=True, text=True).stdout.splitlines()[1:]
-    for pid in {int(line.split()[0]) for line in listed if line.split()[0].isdigit()}:
-        for below in reversed([pid, *descendants(pid)]):
-            try:
-                command = Path(f"/proc/{below}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"monai.bundle" in command:
-                return below
+        if "monai.bundle" in words and str(features) in words and any(word.endswith("embed.json") for word in words):
+            return int(entry.name)
     return None
 
 
@@ -82,11 +65,12 @@ def disturb(folder: Path, workflow: int) -> None:
                 subprocess.run(["scancel", job], check=True)
                 cancelled = comment
             elif not killed and "embed" in comment:
-                pid = bundle_process(job)
-                # In the midst: its slides have begun, which is when it has taken the lock of one.
-                if pid is not None and any((folder / "cluster" / "features").glob("*.h5")):
+                features = folder / "cluster" / "features"
+                pid = embedding_process(features)
+                # In the midst: one is at a slide, whose lock it holds.
+                if pid is not None and any((features / ".locks").glob("*")):
                     os.kill(pid, signal.SIGKILL)
-                    killed = f"{comment} (process {pid})"
+                    killed = f"process {pid} of an embedding"
         time.sleep(0.3)
     print(
         f"   {side_by_side} jobs side by side; cancelled {cancelled}; killed {killed}; {time.monotonic() - start:.0f} s"
@@ -131,11 +115,30 @@ def compare(alone: Path, cluster: Path, table: Path) -> None:
     print(f"   {equal} slides: index, features, tiles, predictions and reports are equal; {len(left)} half files left")
 
 
+def losses(one: Path, two: Path) -> None:
+    """The losses of every step, and the encoder at the end, of two training runs are equal."""
+    import torch
+
+    from cytossl_monai.metrics.logged import read_log
+
+    first, second = (
+        [(step, value) for step, _, figure, value in read_log(folder / "log.csv") if figure == "loss"]
+        for folder in (one, two)
+    )
+    assert first, f"no losses in {one / 'log.csv'}"
+    assert first == second, f"{first} {second}"
+    weights = [torch.load(folder / "models" / "model.pt", weights_only=True)["state_dict"] for folder in (one, two)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    print(f"   {len(first)} losses, {first[0][1]:.6f} to {first[-1][1]:.6f}, and the encoder are equal")
+
+
 if __name__ == "__main__":
     step, *arguments = sys.argv[1:]
     if step == "make":
         make(Path(arguments[0]))
     elif step == "disturb":
         disturb(Path(arguments[0]), int(arguments[1]))
+    elif step == "losses":
+        losses(*map(Path, arguments))
     else:
         compare(*map(Path, arguments))

@@ -41,12 +41,12 @@ echo "== made-up slides, an encoder and a classifier"
 "$python" -W ignore "$here/check.py" make "$dir"
 
 # The pictures of a report are not what is compared here.
-options="{inference: \"--evidence ['tiles'] --overview_size 256\"}"
+printf 'options:\n  inference: "--evidence [tiles] --overview_size 256"\n' > "$dir/check.yaml"
 echo "== one machine"
 alone() {
   "$tools/bin/snakemake" -q all -s "$here/Snakefile" --directory "$dir/alone.work" --cores 2 --config \
     slides="$dir/slides/slides.csv" encoder="$dir/model.pt" classifier="$dir/classifier.pt" out="$dir/alone" \
-    chunks=1 tile_size=96 threads=2 python="$python" options="$options"
+    chunks=1 tile_size=96 threads=2 python="$python" --configfile "$dir/check.yaml"
 }
 mkdir -p "$dir/alone.work" "$dir/cluster.work"
 alone
@@ -58,7 +58,7 @@ cluster() {
     --slurm-init-seconds-before-status-checks 2 --seconds-between-status-checks 2 --config \
     slides="$dir/slides/slides.csv" encoder="$dir/model.pt" classifier="$dir/classifier.pt" out="$dir/cluster" \
     chunks=4 tile_size=96 threads=1 mem_mb=1000 python="$python" \
-    options="$options" > "$dir/snakemake.log" 2>&1
+    --configfile "$dir/check.yaml" > "$dir/snakemake.log" 2>&1
 }
 cluster & workflow=$!
 "$python" "$here/check.py" disturb "$dir" "$workflow"

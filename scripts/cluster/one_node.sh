@@ -12,9 +12,26 @@ stop() {
   for daemon in slurmd slurmctld munged; do
     if [ -s "$dir/$daemon.pid" ]; then kill "$(cat "$dir/$daemon.pid")" 2>/dev/null || true; fi
   done
+  for _ in $(seq 20); do
+    if ! ls "$dir"/*.pid >/dev/null 2>&1; then return; fi
+    sleep 0.25
+  done
 }
 
-if [ "$action" = stop ]; then stop; exit 0; fi
+# The engine runs srun within its jobs, and what it hands on to them does not include SLURM_CONF.
+place=/etc/slurm/slurm.conf
+if [ "$action" = stop ]; then
+  stop
+  if [ "$(readlink "$place" 2>/dev/null)" = "$SLURM_CONF" ]; then rm -f "$place"; fi
+  exit 0
+fi
+if [ -L "$place" ] && [ ! -e "$place" ]; then rm -f "$place"; fi # of a run whose folder is gone
+if [ -e "$place" ] && [ "$(readlink "$place")" != "$SLURM_CONF" ]; then
+  echo "one_node.sh: $place exists; this machine has a SLURM of its own" >&2
+  exit 1
+fi
+mkdir -p "$(dirname "$place")"
+ln -sfn "$SLURM_CONF" "$place"
 
 mkdir -p "$dir"/{state,spool,munge}
 chmod 755 "$dir"

@@ -3,7 +3,8 @@
     python scripts/study/ablation.py --config configs/study/ablation.yaml --data DATA --output out/ablation
 
 Start the same command again after an interruption: runs that are done are not done again, one that was killed goes on
-from its last checkpoint. Writes ablation.csv, ablation.md and ablation.png, anew after every run.
+from its last checkpoint. On many machines, each does a shard of the runs (--shard 3/8). Writes ablation.csv,
+ablation.md and ablation.png, anew after every run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import yaml
 
 from cytossl_monai.engines.study.ablation import ARMS, AblationStudy, read_study
 from cytossl_monai.engines.study.table import markdown_table, write_table
-from cytossl_monai.utils import InputError, plain_errors
+from cytossl_monai.utils import InputError, choose_shard, plain_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="default: all of the study")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the bundle, over the study's")
+    parser.add_argument("--shard", help="i/n: only these runs, and no tables; default: as an array job says, else all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -43,10 +45,15 @@ def main() -> None:
     try:
         study = AblationStudy(read_study(args.config), args.data, args.output, ROOT, extra)
         rows = []
-        runs = study.runs(args.methods, args.arms)
+        part = choose_shard(args.shard)
+        runs = part.select(study.runs(args.methods, args.arms), lambda run: run.name)
         for run in runs:
             rows += study.rows([run.method], [run.arm], args.device)
-            write_table(rows, args.output)
+            if part.count == 1:
+                write_table(rows, args.output)
+        if part.count > 1:
+            print(f"ablation: {len(runs)} runs of shard {part} are done; run once more with --shard 1/1 for the tables")
+            return
         rows += study.untrained_rows(runs, args.device)
         write_table(rows, args.output)
     except InputError as error:

@@ -172,6 +172,7 @@ _MIL: dict[str, Kind] = {
     "tile_dropout": _SHARE,
     "max_tiles": Count(low=1),
     "calibrate": Switch(),
+    "prevalence": Kind(null=True),
     "holdout": Number(null=True, low=0, high=1, above=True),
     "one_class": Switch(),
     "tiles_per_slide": Count(null=True, low=1),
@@ -317,6 +318,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         "top_tiles": Count(high=10**6),
         "overview_size": Count(low=64, high=1 << 16),
         "negative_class": Text(null=True),
+        "prevalence": Kind(null=True),
     },
 }
 """``<bundle>/<configuration>`` -> setting -> its kind. ``::`` goes into a section."""

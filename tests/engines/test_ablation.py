@@ -110,7 +110,7 @@ def test_runs_once_resumes_and_refuses_other_settings(
     assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
 
     # Done is done.
-    monkeypatch.setattr(ablation, "ConfigWorkflow", None)
+    monkeypatch.setattr(ablation, "run_training", None)
     monkeypatch.setattr(ablation, "encode", None)
     assert whole.rows(["simclr"], ["both"]) == json.loads(json.dumps(rows))
     other = AblationStudy(study, data, tmp_path / "whole", repo_root_path, {"steps": 5})

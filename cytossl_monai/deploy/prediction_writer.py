@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cytossl_monai.inference.evidence import EVIDENCE, SlideEvidence
+from cytossl_monai.inference.evidence import USUAL, SlideEvidence
 from cytossl_monai.utils.errors import CheckpointError
 from cytossl_monai.utils.files import sha256_file, write_json
 
@@ -46,7 +46,7 @@ class PredictionWriter:
         output_dir: str | os.PathLike[str],
         encoder: nn.Module,
         encoder_hash: str,
-        files: Sequence[str] = tuple(EVIDENCE),
+        files: Sequence[str] = USUAL,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.evidence = SlideEvidence(classifier, output_dir, files)

@@ -26,6 +26,7 @@ from cytossl_monai.inference.embed import index_hash
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash_0_1
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
 from cytossl_monai.utils.files import atomic_path, file_fingerprint, write_json
+from cytossl_monai.visualize.attention_heads import class_attention, draw_attention_heads
 from cytossl_monai.visualize.gallery import GalleryTile, draw_gallery, read_gallery
 from cytossl_monai.visualize.geojson import feature_collection, write_geojson
 from cytossl_monai.visualize.heatmap import TileMap, tile_map, write_heatmap_tiff
@@ -33,7 +34,7 @@ from cytossl_monai.visualize.nifti import write_nifti
 from cytossl_monai.visualize.overlay import draw_overlay
 from cytossl_monai.visualize.report_page import NOTICE, SlideReport, write_preview, write_report
 
-__all__ = ["EVIDENCE", "VERSION", "SlideEvidence"]
+__all__ = ["EVIDENCE", "USUAL", "VERSION", "SlideEvidence"]
 
 VERSION = 1
 """Changes with every change of what the files say: slides of an older version are written again."""
@@ -46,8 +47,12 @@ EVIDENCE = {
     "geojson": "tiles.geojson",
     "gallery": "gallery.png",
     "report": "report.html",
+    "heads": "attention_heads.png",
 }
 """What can be asked for, and the files."""
+
+USUAL = tuple(name for name in EVIDENCE if name != "heads")
+_HEAD_TILES = 6
 
 _PREVIEW = "preview.jpg"
 
@@ -62,7 +67,8 @@ class SlideEvidence(Transform):
     Args:
         classifier: classifier file of `save_classifier`, or several (folds): their probabilities are averaged.
         output_dir: folder of the slides' folders.
-        files: which of ``EVIDENCE`` to write; ``prediction.json`` always is.
+        files: which of ``EVIDENCE`` to write; ``prediction.json`` always is. ``heads``, not among the usual ones, shows
+            what attention heads of the encoder look at, on the leading tiles; for encoders with a class token.
         top_tiles: tiles in gallery and report.
         overview_size: longer side of the slide's picture in the report, pixels.
         negative_class: class that means "nothing suspicious"; None finds it by its name (see `SlideClassifier`).
@@ -77,7 +83,7 @@ class SlideEvidence(Transform):
         self,
         classifier: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         output_dir: str | os.PathLike[str],
-        files: Sequence[str] = tuple(EVIDENCE),
+        files: Sequence[str] = USUAL,
         top_tiles: int = 20,
         overview_size: int = 3000,
         negative_class: str | None = None,
@@ -95,6 +101,7 @@ class SlideEvidence(Transform):
         self.classifier: SlideClassifier | None = None
         self.encoder: dict[str, Any] = {}
         self._hash = ""
+        self._network: nn.Module | None = None
 
     def prepare(self, encoder: nn.Module, encoder_hash: str) -> None:
         """Load the classifier and hold it against the encoder, before the first slide.
@@ -104,6 +111,7 @@ class SlideEvidence(Transform):
         """
         self.classifier = SlideClassifier(self.paths, self.device, self.negative_class, self.prevalence)
         self._hash = self.classifier.hash
+        self._network = encoder
         meta = getattr(encoder, "meta", {}) or {}
         self.encoder = {
             "name": str(meta.get("name") or Path(getattr(encoder, "source", "encoder")).stem),
@@ -201,7 +209,17 @@ class SlideEvidence(Transform):
             tiles = read_gallery(slide, index, prediction.attention, prediction.score, top) if pictured else []
             thumbnail = slide.thumbnail(self.overview_size) if self._wants("overlay", "report") else None
             self._write(folder, item, told, heat, tiles, thumbnail, order)
+            if self._wants("heads"):
+                self._draw_heads(folder / EVIDENCE["heads"], slide, index, order[:_HEAD_TILES])
         return told
+
+    def _draw_heads(self, path: Path, slide: Slide, index: TileIndex, rows: np.ndarray) -> None:
+        """The leading tiles, and what the first three heads of the encoder's last layer look at there."""
+        assert self._network is not None
+        tiles = np.asarray(slide.read_regions(index.coords[rows], index.tile_size, mpp=index.mpp))
+        device = next(self._network.parameters()).device
+        attention = class_attention(self._network, torch.from_numpy(tiles).to(device)).cpu().numpy()
+        draw_attention_heads(path, tiles, {"heads 1 to 3": attention}, list(range(min(3, attention.shape[1]))))
 
     def _wants(self, *names: str) -> bool:
         return any(name in self.files for name in names)

@@ -52,7 +52,9 @@ def class_attention(encoder: nn.Module, images: Tensor) -> Tensor:
     finally:
         attention.save_attn, attention.att_mat = saved, None
         encoder.train(was_training)
-    grid = network.grid_size(int(images.shape[-2]), int(images.shape[-1]))
+    normalise: Any = getattr(encoder, "normalise", None)
+    seen = images if normalise is None else normalise(images[:1])[0]  # brought down to the input size
+    grid = network.grid_size(int(seen.shape[-2]), int(seen.shape[-1]))
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
     return weights.unflatten(-1, grid)
 

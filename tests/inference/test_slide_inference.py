@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from inference_toy import make_classifier, make_encoder, run_inference
+from PIL import Image
 
 from cytossl_monai.data.bags.features import read_features, write_features
 from cytossl_monai.data.slides.open import open_slide
@@ -352,3 +353,12 @@ def test_the_last_line_is_the_sentence(cohort, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CYTOSSL_TRACEBACK", "1")
     sys.excepthook(told.type, told.value, told.tb)
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_attention_heads_are_drawn_where_they_are_asked_for(cohort, tmp_path):
+    status, _ = run_inference(cohort, tmp_path, evidence=["heads"])
+    assert status == 0
+    pictures = sorted(tmp_path.rglob("attention_heads.png"))
+    assert pictures
+    assert all(Image.open(path).size[0] > 2 * 96 for path in pictures)
+    assert not list(tmp_path.rglob("gallery.png"))

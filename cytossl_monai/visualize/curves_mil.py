@@ -17,6 +17,15 @@ from cytossl_monai.utils.files import atomic_path
 
 __all__ = ["plot_confusion_matrix", "plot_few_shot", "plot_reliability", "plot_roc"]
 
+_MAX_NAME = 40
+
+
+def _shown(name: str) -> str:
+    """A class name as matplotlib shows it: a dollar sign begins a formula there, a first underscore hides a label."""
+    text = " ".join(str(name).split())
+    text = text if len(text) <= _MAX_NAME else text[: _MAX_NAME - 3] + "..."
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
 
 def plot_roc(
     path: str | os.PathLike[str],
@@ -53,7 +62,7 @@ def plot_roc(
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
     for name, y, scores in drawable:
         false, true, _ = roc_curve(y, scores)
-        axes.plot(false, true, linewidth=1.8, label=f"{name}: AUC {auc(y, scores):.3f}")
+        axes.plot(false, true, linewidth=1.8, label=f"{_shown(name)}: AUC {auc(y, scores):.3f}")
     axes.axvline(0.05, color="0.85", linewidth=1)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set_title(f"ROC, {len(labels)} slides")
@@ -83,7 +92,7 @@ def plot_reliability(
     for c in range(1 if labels.ndim == 1 and len(classes) == 2 else 0, len(classes)):
         points = reliability_bins(truth[:, c], probabilities[:, c])
         gap = float((probabilities[:, c] - truth[:, c]).mean())
-        (line,) = axes.plot(points[:, 0], points[:, 1], linewidth=1.2, label=f"{classes[c]}: mean {gap:+.3f}")
+        (line,) = axes.plot(points[:, 0], points[:, 1], linewidth=1.2, label=f"{_shown(classes[c])}: mean {gap:+.3f}")
         axes.scatter(points[:, 0], points[:, 1], s=10 + 200 * points[:, 2] / len(labels), color=line.get_color())
     axes.set(xlabel="probability", ylabel="share of slides", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     axes.set_title(f"Reliability, {len(labels)} slides")
@@ -114,6 +123,7 @@ def plot_confusion_matrix(
     figure = Figure(figsize=((side + 0.6) * len(parts), side + 0.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for place, (title, matrix, names) in enumerate(parts):
+        title, names = _shown(title), [_shown(name) for name in names]
         axes = figure.add_subplot(1, len(parts), place + 1)
         share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -137,7 +147,7 @@ def plot_few_shot(path: str | os.PathLike[str], curves: Mapping[str, pd.DataFram
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, curve in curves.items():
-        (line,) = axes.plot(curve["shots"], curve["mean"], marker="o", label=name or None)
+        (line,) = axes.plot(curve["shots"], curve["mean"], marker="o", label=_shown(name) or None)
         axes.fill_between(curve["shots"], curve["low"], curve["high"], alpha=0.2, color=line.get_color())
     ticks = sorted({int(k) for curve in curves.values() for k in curve["shots"]})
     axes.set_xscale("log", base=2)

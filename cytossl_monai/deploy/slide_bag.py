@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.data.slides.open import open_slide
+from cytossl_monai.index.fields import instance_fields
 from cytossl_monai.inference.embed import EmbedTimes, embed_tiles
 from cytossl_monai.inference.slides import IndexSlided, slide_records
 from cytossl_monai.networks.nets.encoder import encoder_hash
@@ -58,6 +59,8 @@ class SlideToBag(Transform):
         device: where to decode, to find nuclei and to encode.
         num_threads: reading threads; None takes one for each CPU core.
         weights: the weights' file or folder, where ``encoder`` is a card.
+        instances: ``"tiles"``, or ``"nuclei"``: fields centred on a nucleus each; as the classifier was trained.
+        fields: with ``instances="nuclei"``, arguments of `NucleusFields`.
 
     Raises:
         CheckpointError: when the encoder cannot be loaded.
@@ -74,6 +77,8 @@ class SlideToBag(Transform):
         device: str | torch.device = "cpu",
         num_threads: int | None = None,
         weights: str | os.PathLike[str] | None = None,
+        instances: str = "tiles",
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
         self.device, self.batch_size = torch.device(device), batch_size
         self.num_threads = default_workers() if num_threads is None else num_threads
@@ -81,7 +86,16 @@ class SlideToBag(Transform):
         self.encoder.source = str(encoder)  # type: ignore[assignment]
         self.encoder_hash = encoder_hash(self.encoder)
         # In this process: the SDK's runtime installs signal handlers and threads that a forked one must not inherit.
-        self.index = IndexSlided(work_dir, tile_size, mpp, index_settings, num_threads, device, isolate=False)
+        self.index = IndexSlided(
+            work_dir,
+            tile_size,
+            mpp,
+            index_settings,
+            num_threads,
+            device,
+            isolate=False,
+            fields=instance_fields(instances, fields),
+        )
 
     def __call__(self, data: Mapping[str, Any] | SlideRecord | str | os.PathLike[str]) -> dict[str, Any]:
         """Read one slide.

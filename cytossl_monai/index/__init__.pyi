@@ -4,15 +4,18 @@ from .build import (
     index_slide as index_slide,
     index_slides as index_slides,
 )
+from .fields import NucleusFields as NucleusFields, instance_fields as instance_fields
 from .imported import TileImporter as TileImporter, import_index as import_index
 from .low_power import InkRules as InkRules
 
 __all__ = [
     "IndexSettings",
     "InkRules",
+    "NucleusFields",
     "SlideIndexer",
     "TileImporter",
     "import_index",
     "index_slide",
     "index_slides",
+    "instance_fields",
 ]

@@ -19,6 +19,7 @@ from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
+from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
 from cytossl_monai.index.damage import find_unreadable, why_empty
 from cytossl_monai.index.low_power import Grid, InkRules, look_at_low_power
 from cytossl_monai.index.nuclei import NucleusRules, count_nuclei
@@ -31,6 +32,7 @@ from cytossl_monai.utils.report import RunReport
 from cytossl_monai.utils.shard import ALL, Shard, choose_shard
 
 __all__ = ["EmptySlideError", "IndexSettings", "SlideIndexer", "index_slide", "index_slides", "index_to_file"]
+_Found = tuple[TileIndex, NucleusTable]
 
 
 class EmptySlideError(TableError):
@@ -113,10 +115,10 @@ def index_slide(
     """
     settings = settings or IndexSettings()
     with open_slide(record.path, mpp=record.mpp, device=device, local=record.local) as slide:
-        return _index(record, slide, settings, num_threads)
+        return _index(record, slide, settings, num_threads)[0]
 
 
-def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threads: int) -> TileIndex:
+def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threads: int) -> _Found:
     grid = Grid.over(slide, max(1, round(settings.tile_size * settings.mpp / slide.mpp)))
     low = look_at_low_power(
         slide,
@@ -181,7 +183,7 @@ def _index(record: SlideRecord, slide: Slide, settings: IndexSettings, num_threa
         },
         "nuclei": int(nuclei.count[kept].sum()),
     }
-    return TileIndex(table, meta)
+    return TileIndex(table, meta), NucleusTable(nuclei.table(kept), _identity(record, settings))
 
 
 def _identity(record: SlideRecord, settings: IndexSettings) -> dict[str, Any]:
@@ -209,15 +211,14 @@ def index_slides(
 ) -> RunReport:
     """Index many slides; what is there already, made from the same slide with the same settings, stays.
 
-    Writes ``<slide_id>.parquet`` and ``<slide_id>_overview.png`` for each slide, ``report.csv`` for all. A slide that
-    fails is reported with the reason and the others go on. A slide without cells is ``empty`` and gets no index.
+    Writes ``<slide_id>.parquet``, ``nuclei/<slide_id>.parquet`` and ``<slide_id>_overview.png`` of each slide, and
+    ``report.csv``. A slide that fails is reported, the others go on. One without cells is ``empty``: no index.
 
     Args:
         records: the slides.
         output_dir: folder to write to.
         settings: what to look for; None for the defaults.
-        num_workers: slides at once, each in a process; with one slide to do, threads within it. None takes one for
-            each CPU core; 0 works in this process.
+        num_workers: slides at once, each a process; threads within a single one. None: one a core; 0: this process.
         device: where to decode and to find nuclei, ``cpu`` or ``cuda``.
         overview: draw the pictures.
         progress: show a progress bar.
@@ -310,24 +311,26 @@ def index_to_file(
             return "current", TileIndex.read(path).summary, time.perf_counter() - start
         near = record if cache is None else cache.get(record)
         with open_slide(record.path, mpp=record.mpp, device=device, local=near.local) as slide:
-            index = _index(record, slide, settings, num_threads)
+            index, nuclei = _index(record, slide, settings, num_threads)
             if overview:
                 draw_overview(folder / f"{record.slide_id}_overview.png", slide, index)
         if not len(index):
+            nuclei_path(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)  # of another slide or other settings: it would be taken for this one's
             raise EmptySlideError(why_empty(record, index))
+        nuclei.write(nuclei_path(path))  # first: where an index stands, its nuclei do
         index.write(path)
     return "done", index.summary, time.perf_counter() - start
 
 
 def _is_done(record: SlideRecord, folder: Path, settings: IndexSettings, overview: bool) -> bool:
-    picture = folder / f"{record.slide_id}_overview.png"
-    return _is_current(folder / f"{record.slide_id}.parquet", record, settings) and (picture.is_file() or not overview)
+    drawn = not overview or (folder / f"{record.slide_id}_overview.png").is_file()
+    return drawn and _is_current(folder / f"{record.slide_id}.parquet", record, settings)
 
 
 def _is_current(path: Path, record: SlideRecord, settings: IndexSettings) -> bool:
-    if not path.is_file() or not record.path.exists():
-        return False
+    if not path.is_file() or not nuclei_path(path).is_file() or not record.path.exists():
+        return False  # an index of before has no nuclei: it is made again
     try:
         meta = TileIndex.read_meta(path)
     except TableError:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import ndimage
 
 from cytossl_monai.data.slides.slide import Slide
+from cytossl_monai.data.tiles.nuclei_file import NUCLEUS_COLUMNS
 from cytossl_monai.index.low_power import Grid, near_level, tile_means
 from cytossl_monai.transforms.nuclei.mask import nuclear_density, nuclei_mask
 
@@ -51,11 +53,28 @@ class TileNuclei:
         count: int64, nuclei whose centre lies in the tile.
         fraction: float32, share of the tile inside nuclei.
         sharpness: float32, steepest edge of a nucleus over its density, per micrometre, median of the tile's nuclei.
+        parts: tables of the nuclei themselves, with ``row`` and ``column`` of the tile; see `TileNuclei.table`.
     """
 
     count: np.ndarray
     fraction: np.ndarray
     sharpness: np.ndarray
+    parts: list[pd.DataFrame] = field(default_factory=list)
+
+    def table(self, kept: np.ndarray) -> pd.DataFrame:
+        """Nuclei whose tile is kept, by tile and place, however the work was spread over threads.
+
+        Args:
+            kept: (rows, columns) bool.
+
+        Returns:
+            the columns of `NUCLEUS_COLUMNS`.
+        """
+        if not self.parts:
+            return pd.DataFrame({name: np.zeros(0, dtype) for name, dtype in NUCLEUS_COLUMNS.items()})
+        nuclei = pd.concat(self.parts, ignore_index=True)
+        nuclei = nuclei[kept[nuclei["row"], nuclei["column"]]]
+        return nuclei.sort_values(["row", "column", "y", "x"], ignore_index=True)[list(NUCLEUS_COLUMNS)]
 
 
 def count_nuclei(
@@ -149,6 +168,11 @@ def _count_block(
     mask = np.concatenate([[False], real])[labels]
     fraction = tile_means(mask, scale, (x0, y0), grid, (top, bottom), (left, right))
     ask = wanted[top:bottom, left:right]
+    asked = np.flatnonzero(here)[wanted[row[here], column[here]]]
+    part = {"row": row[asked], "column": column[asked], "area_um2": nuclei.area_um2[asked]}
+    part |= {"x": x0 + (nuclei.x[asked] + 0.5) * scale, "y": y0 + (nuclei.y[asked] + 0.5) * scale}
+    part |= {"density": nuclei.density[asked], "elongation": nuclei.elongation[asked]}
+    found.parts.append(pd.DataFrame(part))
     found.fraction[top:bottom, left:right] = fraction * ask
     for r, c in {(int(r), int(c)) for r, c in zip(row[here], column[here])}:
         if wanted[r, c]:
@@ -163,6 +187,7 @@ class _Nuclei:
     x: np.ndarray
     y: np.ndarray
     elongation: np.ndarray
+    density: np.ndarray
     edge: np.ndarray
     sharpness: np.ndarray
 
@@ -186,6 +211,7 @@ def _describe(labels: np.ndarray, count: int, density: np.ndarray, mpp: float) -
         x=x,
         y=y,
         elongation=np.sqrt((mean + apart) / np.maximum(mean - apart, 1e-6)),
+        density=np.bincount(which, density[rows, columns], count) / area,
         edge=edge,
         sharpness=edge / np.maximum(darkest, 1e-3),
     )

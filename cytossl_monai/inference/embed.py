@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.index.fields import NucleusFields, instance_fields, nucleus_fields
 from cytossl_monai.inference.ahead import read_ahead
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_other_features, warn_of_tile_size
 from cytossl_monai.inference.turns import in_turn
@@ -262,6 +263,7 @@ def embed_slides(
     cache: SlideCache | None = None,
     tiles_per_slide: int | None = None,
     seed: int = 0,
+    fields: NucleusFields | None = None,
 ) -> RunReport:
     """Embed many slides; a feature file made from the same slide, index and encoder stays.
 
@@ -286,6 +288,7 @@ def embed_slides(
         cache: copies slides ahead to a faster disk.
         tiles_per_slide: embed so many random tiles of a slide that do not overlap; None: all.
         seed: of that choice.
+        fields: None embeds the tiles of the index, else fields centred on its nuclei.
 
     Returns:
         the report, written as well.
@@ -312,8 +315,8 @@ def embed_slides(
         for record in tqdm(turns, desc="embed", unit="slide", total=len(records), disable=quiet):
             with report.item(record.slide_id) as line:
                 path = folder / f"{record.slide_id}.h5"
-                index = choose(_index_of(record, index_folder))
-                line.message = f"{len(index)} tiles"
+                index = choose(_index_of(record, index_folder, fields))
+                line.message = f"{len(index)} {'tiles' if fields is None else 'nuclei'}"
                 warned = warned or warn_of_tile_size(encoder, index.tile_size, index.mpp)
                 if is_current(path, record.path, index, encoder_id, dtype):
                     line.status = "current"
@@ -329,15 +332,16 @@ def embed_slides(
     return report
 
 
-def _index_of(record: SlideRecord, folder: Path) -> TileIndex:
+def _index_of(record: SlideRecord, folder: Path, fields: NucleusFields | None = None) -> TileIndex:
     """The slide's index, refused when the slide has changed since."""
-    index = TileIndex.read(folder / f"{record.slide_id}.parquet")
+    path = folder / f"{record.slide_id}.parquet"
+    index = TileIndex.read(path)
     if not record.path.exists():
         raise TableError(f"{record.path} does not exist; correct its path in the slide table")
     made_from = index.meta.get("fingerprint")
     if made_from is not None and made_from != file_fingerprint(record.path):
         raise TableError(f"{record.path} has changed since it was indexed; index it again")
-    return index
+    return nucleus_fields(index, path, fields)
 
 
 class FeatureEmbedder:
@@ -351,6 +355,7 @@ class FeatureEmbedder:
         inferer: MONAI inferer that calls the encoder.
         weights: the weights' file or folder, where ``encoder`` is a card.
         shard: ``"i/n"``; None looks for an array job, see `choose_shard`.
+        instances: ``"tiles"`` of the grid, or ``"nuclei"``: fields centred on each, see `NucleusFields` for ``fields``.
         kwargs: as for `embed_slides`.
     """
 
@@ -364,11 +369,14 @@ class FeatureEmbedder:
         weights: str | os.PathLike[str] | None = None,
         shard: str | None = None,
         two_scales: bool = False,
+        instances: str = "tiles",
+        fields: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.two_scales = two_scales
         self.slides, self.index_dir, self.output_dir = Path(slides), Path(index_dir), Path(output_dir)
-        self.encoder, self.weights, self.inferer, self.options = encoder, weights, inferer, kwargs
+        self.encoder, self.weights, self.inferer = encoder, weights, inferer
+        self.options = {**kwargs, "fields": instance_fields(instances, fields)}
         self.shard = choose_shard(shard)
 
     def run(self) -> RunReport:
@@ -381,16 +389,7 @@ class FeatureEmbedder:
         records = read_slide_table(self.slides)
         encoder, meta = open_encoder(self.encoder, self.weights, self.options.get("device", "cpu"))
         encoder.scales = 2 if self.two_scales else 1
-        name = str(meta["name"])
-        report = embed_slides(
-            records,
-            self.index_dir,
-            self.output_dir,
-            encoder,
-            name,
-            inferer=self.inferer,
-            shard=self.shard,
-            **self.options,
-        )
+        paths, name = (self.index_dir, self.output_dir), str(meta["name"])
+        report = embed_slides(records, *paths, encoder, name, inferer=self.inferer, shard=self.shard, **self.options)
         print(report.summary(), flush=True)
         return report

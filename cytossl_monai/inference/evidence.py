@@ -249,6 +249,9 @@ class SlideEvidence(Transform):
                 "Evidence": prediction.evidence * len(index),
                 "Nuclei": index.table["n_nuclei"].to_numpy(),
             }
+            if index.meta.get("instances") == "nuclei":
+                measurements["Nucleus area um^2"] = index.table["area_um2"].to_numpy()
+                measurements["Nucleus density"] = index.table["density"].to_numpy()
             size = int(index.table["size"].iloc[0])
             collection = feature_collection(
                 item["slide_id"],
@@ -259,6 +262,7 @@ class SlideEvidence(Transform):
                 order[: len(tiles)],
                 tiles,
                 (told["slide"]["bounds_offset"][0], told["slide"]["bounds_offset"][1]),
+                cells=index.meta.get("instances") == "nuclei",
             )
             write_geojson(folder / EVIDENCE["geojson"], collection)
         if self._wants("gallery"):
@@ -314,6 +318,7 @@ class SlideEvidence(Transform):
             },
             "tiles": {
                 "count": 0 if index is None else len(index),
+                "instances": "tiles" if index is None else index.meta.get("instances", "tiles"),
                 "size_px": None if index is None else int(index.table["size"].iloc[0]),
                 "mpp": None if index is None else index.mpp,
                 "nuclei": 0 if index is None else int(index.table["n_nuclei"].sum()),
@@ -363,4 +368,5 @@ def _write_tiles(path: Path, index: TileIndex, prediction: SlidePrediction, orde
 def _message(told: Mapping[str, Any]) -> str:
     if told.get("label") is None:
         return "no cells found"
-    return f"{told['label']}, suspicion {told['suspicion']:.3f}, {told['tiles']['count']} tiles"
+    kind = "cells" if told["tiles"]["instances"] == "nuclei" else "tiles"
+    return f"{told['label']}, suspicion {told['suspicion']:.3f}, {told['tiles']['count']} {kind}"

@@ -17,7 +17,9 @@ from monai.transforms import Transform
 from cytossl_monai.data.slide_table import SlideRecord, id_of_file, read_slide_table
 from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.data.tiles.nuclei_file import nuclei_path
 from cytossl_monai.index.build import EmptySlideError, IndexSettings, index_to_file
+from cytossl_monai.index.fields import NucleusFields, nucleus_fields
 from cytossl_monai.index.low_power import InkRules
 from cytossl_monai.utils.errors import TableError, failure
 from cytossl_monai.utils.files import file_fingerprint
@@ -124,6 +126,7 @@ class IndexSlided(Transform):
         num_threads: threads within the slide; None takes one for each CPU core.
         device: where to decode and to find nuclei.
         cache: gives copies of slides on a faster disk; who starts it is `SlideEvaluator`.
+        fields: None gives the tiles of the index, else fields centred on its nuclei.
         isolate: False indexes in this process, for callers that must not start others (a MONAI Deploy application).
     """
 
@@ -137,6 +140,7 @@ class IndexSlided(Transform):
         device: str | torch.device = "cpu",
         isolate: bool = True,
         cache: SlideCache | None = None,
+        fields: NucleusFields | None = None,
     ) -> None:
         chosen = dict(settings or {})
         if isinstance(chosen.get("ink"), Mapping):
@@ -149,7 +153,7 @@ class IndexSlided(Transform):
             ) from error
         self.index_dir, self.any_thresholds = Path(index_dir), settings is None
         self.num_threads, self.device = num_threads, str(torch.device(device).type)
-        self.isolate, self.cache = isolate, cache
+        self.isolate, self.cache, self.fields = isolate, cache, fields
         self._calls = 0
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +169,8 @@ class IndexSlided(Transform):
         record = item["record"] = data["record"] if self.cache is None else self.cache.get(data["record"])
         path = self.index_dir / f"{record.slide_id}.parquet"
         try:
-            item["index"] = self._present(path, record) or self._made(path, record)
+            index = self._present(path, record) or self._made(path, record)
+            item["index"] = nucleus_fields(index, path, self.fields)
             item["index_path"] = str(path)
         except EmptySlideError as error:
             item["problem"] = ("empty", str(error))
@@ -177,6 +182,8 @@ class IndexSlided(Transform):
     def _present(self, path: Path, record: SlideRecord) -> TileIndex | None:
         if not self.any_thresholds or not path.is_file() or not record.path.exists():
             return None
+        if self.fields is not None and not nuclei_path(path).is_file():
+            return None  # of an older version: it is made again, with its nuclei
         try:
             index = TileIndex.read(path)
         except TableError:

@@ -41,6 +41,7 @@ def feature_collection(
     top: np.ndarray,
     gallery: Sequence[GalleryTile] = (),
     bounds_offset: tuple[int, int] = (0, 0),
+    cells: bool = False,
 ) -> dict[str, Any]:
     """Every tile as a QuPath tile object, the leading ones as named annotations, and their nuclei as detections.
 
@@ -53,6 +54,8 @@ def feature_collection(
         top: row numbers of the leading tiles, best first.
         gallery: the leading tiles with their nuclei.
         bounds_offset: x, y of the scanned part within level 0: QuPath crops a slide to it (MRXS) and counts from it.
+        cells: the tiles are fields centred on a nucleus each: they become QuPath detections, a square of a third of the
+            field's side where the cell is, and the leading ones are named cells.
 
     Returns:
         a GeoJSON FeatureCollection with QuPath's properties.
@@ -62,9 +65,9 @@ def feature_collection(
     told = [{name: float(values[i]) for name, values in measurements.items()} for i in range(len(coords))]
     features = [
         _feature(
-            f"{slide_id}/tile/{x}/{y}/{size}",
-            _square(x, y, size),
-            "tile",
+            f"{slide_id}/{'cell' if cells else 'tile'}/{x}/{y}/{size}",
+            _square(x + size // 3, y + size // 3, size // 3) if cells else _square(x, y, size),
+            "detection" if cells else "tile",
             (f"Evidence {level[i] + 1} of {_LEVELS}", palette[level[i]]),
             told[i],
         )
@@ -77,7 +80,7 @@ def feature_collection(
                 f"{slide_id}/annotation/{x}/{y}/{size}",
                 _square(x, y, size),
                 "annotation",
-                ("Leading tile", _TOP_COLOUR),
+                ("Leading cell" if cells else "Leading tile", _TOP_COLOUR),
                 {"Rank": float(rank), **told[int(i)]},
                 f"Top {rank}",
             )

@@ -1,4 +1,4 @@
-"""How well nuclei are found on four sets of real images, with one set of defaults, beside what an Otsu script finds.
+"""How well nuclei are found on five sets of real images, with one set of defaults, beside what an Otsu script finds.
 
     python scripts/bench/nuclei.py --data ../shared/data --workers 2 --sheets /tmp/sheets
 
@@ -7,6 +7,7 @@ Sets (folders of ``--data``), each at the scale that its nuclei suggest; only th
   nuclei      grey extended-depth-of-field, masks      the same
   cric        conventional smears, nuclei marked       recall of the marks, share of a frame that is called nucleus
   cells       single cells of five lesions             crops in which at least one nucleus is found
+  mgg_fields  Giemsa, cytospin, nuclei marked by hand  F1 of centres, each within the radius of one mark
 The batched kernel (``nuclei_mask``) is held against the exact path (``segment_instances``) on the same images.
 
 ``--sheets`` writes contact sheets with outlines: of each set, of twenty fields of ``wsi/csf-pap.tif``, of an H&E slide
@@ -27,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 from skimage.filters import gaussian, threshold_otsu
 from skimage.io import imread
 from skimage.measure import label, regionprops_table
@@ -39,20 +41,24 @@ from cytossl_monai.transforms import nuclei_mask, segment_instances
 from cytossl_monai.transforms.kernels.stains import STAINS, combine_stains, od_to_rgb, rgb_to_od, separate_stains
 from cytossl_monai.utils import run_parallel
 
-MPP = {"nuclei_lbc": 0.90, "nuclei": 0.36, "cric": 0.25, "cells": 0.25}
+MPP = {"nuclei_lbc": 0.90, "nuclei": 0.36, "cric": 0.25, "cells": 0.25, "mgg_fields": 0.2528}
 LESIONS = ("ascus", "asch", "lsil", "hsil", "scc")
+MGG_MARKS = Path(__file__).parent / "marks" / "mgg_fields.csv"
+"""x, y and radius in pixels of every nucleus; ``smudge``, the spilt nucleus of a burst cell, counts neither way."""
 MARK_RADIUS = 8  # pixels: how near to a mark of cric a nucleus must be found
+SPECK_UM2 = 6.0  # what is smaller is a crumb of an outline
 PANEL = 400  # pixels, the longer side of one picture of a contact sheet
 
 
 @dataclass(frozen=True)
 class Field:
-    """One image to segment and what is known about it: a mask, marked nuclei (x, y), or nothing."""
+    """One image to segment and what is known about it: a mask, marked nuclei (x, y), circles, or nothing."""
 
     group: str
     image: Path
     mask: Path | None = None
     marks: tuple[tuple[float, float], ...] = ()
+    circles: pd.DataFrame | None = None
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
@@ -97,6 +103,11 @@ def collect(data: Path, groups: Iterable[str], limit: int | None) -> list[Field]
                 Field(group, data / "cric" / "images" / str(name), marks=tuple(map(tuple, rows[["x", "y"]].to_numpy())))
                 for name, rows in cells.groupby("image")
             ]
+        elif group == "mgg_fields":
+            circles = pd.read_csv(MGG_MARKS)
+            found = [
+                Field(group, p, circles=circles[circles["image"] == p.name]) for p in sorted((data / group).iterdir())
+            ]
         else:
             found = [Field(group, p) for kind in LESIONS for p in sorted((data / "cells" / kind).glob("*.jpg"))]
         fields += found if limit is None else found[:: max(1, len(found) // limit)]
@@ -108,6 +119,26 @@ def centres(labels: NDArray[np.int32]) -> NDArray[np.float64]:
     rows, columns = np.indices(labels.shape)
     count = np.maximum(np.bincount(labels.ravel())[1:], 1)
     return np.stack([np.bincount(labels.ravel(), axis.ravel())[1:] / count for axis in (columns, rows)], 1)
+
+
+def circle_score(labels: NDArray[np.int32], circles: pd.DataFrame, mpp: float) -> ObjectScore:
+    """Match the centres of what was found one to one with marked circles that hold them; specks are left out."""
+    areas = np.bincount(labels.ravel())[1:] * mpp**2
+    found = centres(labels)[areas >= SPECK_UM2]
+    nuclei = circles[circles["kind"] == "nucleus"]
+    smudges = circles[circles["kind"] == "smudge"]
+    inside = _within(found, nuclei)
+    rows, columns = linear_sum_assignment(inside, maximize=True)
+    matched = rows[inside[rows, columns]]
+    spared = _within(found, smudges).any(1)
+    spared[matched] = False
+    return ObjectScore(len(matched), len(found) - len(matched) - int(spared.sum()), len(nuclei) - len(matched))
+
+
+def _within(points: NDArray[np.float64], circles: pd.DataFrame) -> NDArray[np.bool_]:
+    """(points, circles): which point lies in which circle."""
+    middle, radius = circles[["x", "y"]].to_numpy(float), circles["radius"].to_numpy(float)
+    return np.asarray(np.hypot(*np.moveaxis(points[:, None] - middle[None], -1, 0)) <= radius)
 
 
 def measure(field: Field) -> list[dict[str, Any]]:
@@ -125,6 +156,9 @@ def measure(field: Field) -> list[dict[str, Any]]:
             score = object_f1(labels, truth)
             row |= {"dice": mask_dice(labels > 0, truth), "tp": score.true_positives}
             row |= {"fp": score.false_positives, "fn": score.false_negatives}
+        if field.circles is not None:
+            score = circle_score(labels, field.circles, mpp)
+            row |= {"tp": score.true_positives, "fp": score.false_positives, "fn": score.false_negatives}
         if field.marks:
             row["recall"] = point_recall(centres(labels), field.marks, MARK_RADIUS, labels)
             row["recall_centre"] = point_recall(centres(labels), field.marks, MARK_RADIUS)
@@ -134,7 +168,7 @@ def measure(field: Field) -> list[dict[str, Any]]:
 
 
 def summarise(rows: pd.DataFrame) -> None:
-    """Print the table of the four sets."""
+    """Print the table of the sets."""
     for (group, method), part in rows.groupby(["group", "method"], observed=True):
         line = f"{group:11s} {method:8s} n={len(part):4d}"
         if group in ("nuclei_lbc", "nuclei"):
@@ -142,6 +176,9 @@ def summarise(rows: pd.DataFrame) -> None:
             line += (
                 f"  Dice {part['dice'].mean():.3f}  F1 {total.f1:.3f} (P {total.precision:.3f} R {total.recall:.3f})"
             )
+        if group == "mgg_fields":
+            total = ObjectScore(*(int(part[name].sum()) for name in ("tp", "fp", "fn")))
+            line += f"  F1 {total.f1:.3f} (P {total.precision:.3f} R {total.recall:.3f})"
         if group == "cric":
             for name in ("recall", "recall_centre"):
                 line += f"  {name} {np.average(part[name], weights=part['marks']):.3f}"

@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_dst_type, convert_to_tensor
 from numpy.typing import ArrayLike, NDArray
 
+from cytossl_monai.transforms.kernels.stained import optical_density, stained_regions
 from cytossl_monai.transforms.kernels.stains import rgb_to_od, separate_stains, stain_matrix
 from cytossl_monai.transforms.nuclei.backend import ArrayBackend, BackendName, array_backend
 from cytossl_monai.transforms.nuclei.mask import nuclear_density
@@ -121,6 +122,17 @@ def _labels_at(labels: Any, shape: tuple[int, int], backend: ArrayBackend) -> ND
     return (inverse.reshape(shape) + start).astype(np.int32)
 
 
+def _stained(regions: NDArray[np.int32], pixels: torch.Tensor, mpp: float, rules: RegionRules) -> NDArray[np.int32]:
+    """The regions that are stained as nuclei are; the others become 0."""
+    if pixels.shape[0] != 3:
+        return regions
+    labels = torch.from_numpy(regions)[None]
+    shape = (regions.shape[0], regions.shape[1])
+    density, count = optical_density(pixels.cpu()[None], shape), int(regions.max(initial=0))
+    keep = stained_regions(labels, count, density, mpp, rules.min_stain, rules.min_colour)
+    return np.where(keep.numpy()[regions], regions, 0).astype(np.int32)
+
+
 def segment_instances(
     image: ArrayLike | torch.Tensor,
     mpp: float,
@@ -166,6 +178,7 @@ def segment_instances(
     density = libraries.gaussian(density, SMOOTHING / scale, mode="nearest", preserve_range=True)
     regions, _ = select_regions(density, scale, rules, libraries)
     regions = split_touching(libraries.to_numpy(regions), scale)
+    regions = _stained(regions, pixels, scale, rules)
     labels = _labels_at(libraries.xp.asarray(regions), (height, width), libraries)
     described = labels if table else np.zeros((1, 1), np.int32)
     return NucleiInstances(labels, describe_nuclei(described, mpp, pixels.cpu()), mpp)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.kernels.stained import optical_density, stained_regions
 from cytossl_monai.transforms.nuclei.batch import noise_levels, pick_regions
+from cytossl_monai.transforms.nuclei.labels import label_planes
 from cytossl_monai.transforms.nuclei.regions import RegionRules
 
 __all__ = ["nuclear_density", "nuclei_mask"]
@@ -76,6 +78,11 @@ def _segment(images: torch.Tensor, mpp: float, rules: RegionRules) -> torch.Tens
     share = torch.arange(LEVELS, device=images.device, dtype=torch.float32)[:, None] / LEVELS
     bar = pick_regions(coarse, bottom + (top - bottom).clamp_min(0.0) * share, scale, rules)
     bar[noisy] = float("inf")
+    if images.shape[1] == 3 and (rules.min_stain > 0 or rules.min_colour > 0):
+        labels, count = label_planes(bar.isfinite())
+        colours = optical_density(images, (coarse.shape[-2], coarse.shape[-1]))
+        stained = stained_regions(labels, count, colours, scale, rules.min_stain, rules.min_colour)
+        bar[~stained[labels.long()]] = float("inf")
     if coarse.shape[-2:] == (height, width):
         return bar[:, None].isfinite()
     # The outline is drawn again at the tile's own resolution, at the level found, at most one coarse pixel further out.

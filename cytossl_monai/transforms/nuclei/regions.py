@@ -48,6 +48,10 @@ class RegionRules:
         elongation_free: ratio of that ellipse's axes up to which elongation costs nothing.
         level_step: distance of the levels in optical density.
         edge_reach: micrometres from the edge, inwards and outwards, at which its two sides are compared.
+        min_stain: least stain of what lies directly on clear glass: optical density in red, and in green above blue,
+            lessened where it is uneven. Red cells hold less, and so does precipitate. 0 asks for none.
+        min_colour: least difference of the densities in green and blue, as a part of that in green, in a tile whose
+            nuclei are violet, as Giemsa stains them: crystals and soot are grey. 0 asks for none.
 
     Raises:
         ValueError: diameters that do not rise, or a step, reach or contrast that is not positive.
@@ -65,6 +69,8 @@ class RegionRules:
     elongation_free: float = 1.6
     level_step: float = 0.025
     edge_reach: float = 0.65
+    min_stain: float = 0.3
+    min_colour: float = 0.35
 
     def __post_init__(self) -> None:
         sizes = (self.min_diameter, self.typical_diameter, self.large_diameter, self.max_diameter)

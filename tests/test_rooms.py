@@ -66,7 +66,7 @@ def test_imports_run_one_way():
         f"{module} imports {other}"
         for module, others in IMPORTS.items()
         if module != "registry"
-        for other in others
+        for other in others - {"registry"}  # a list of names, which imports no room
         if floor(other) > floor(module)
         or (floor(other) == floor(module) and other.split(".")[0] != module.split(".")[0])
     ]

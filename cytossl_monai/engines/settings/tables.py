@@ -201,6 +201,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         "num_workers": Count(null=True, high=1024),
         "device": Device(),
         "overview": Switch(),
+        "max_unreadable": _SHARE,
         "search_mpp": _MPP,
         "nuclei_mpp": _MPP,
         "foreground_density": Number(low=0, high=5),
@@ -277,6 +278,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
     "cytossl_inference/embed": {
         **_MANY_MACHINES,
         **_ENCODE,
+        "seed": _SEED,
         "slides": PathText(must_exist=True),
         "index_dir": _PATH,
         "output_dir": _OUT,

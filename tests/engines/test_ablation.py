@@ -109,6 +109,11 @@ def test_runs_once_resumes_and_refuses_other_settings(
     weights = torch.load(halved.train(run), weights_only=True)["state_dict"]
     assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
 
+    # What a finished run has lost is made again.
+    (tmp_path / "halved" / "simclr" / "both" / "curves.png").unlink()
+    halved.train(run)
+    assert (tmp_path / "halved" / "simclr" / "both" / "curves.png").is_file()
+
     # Done is done.
     monkeypatch.setattr(ablation, "run_training", None)
     monkeypatch.setattr(ablation, "encode", None)

@@ -55,6 +55,13 @@ _ENCODE: dict[str, Kind] = {
     "compile": Switch(),
     "channels_last": Switch(),
 }
+_CELLS: dict[str, Kind] = {
+    "instances": Text(),
+    "field_size": Count(low=8, high=8192),
+    "field_mpp": _MPP,
+    "max_fields": Count(low=1),
+    "odd_share": _SHARE,
+}
 _PRETRAIN: dict[str, Kind] = {
     "output_dir": _OUT,
     "index_dir": _PATH,
@@ -278,6 +285,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
     "cytossl_inference/embed": {
         **_MANY_MACHINES,
         **_ENCODE,
+        **_CELLS,
         "seed": _SEED,
         "slides": PathText(must_exist=True),
         "index_dir": _PATH,
@@ -307,6 +315,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         **_MANY_MACHINES,
         **_SLIDES,
         **_ENCODE,
+        **_CELLS,
         "encoder": _PATH,
         "weights": _PATH_OR_NULL,
         "classifier": PathText(many=True),

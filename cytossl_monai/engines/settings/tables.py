@@ -56,10 +56,10 @@ _ENCODE: dict[str, Kind] = {
     "channels_last": Switch(),
 }
 _CELLS: dict[str, Kind] = {
-    "instances": Text(),
+    "instances": Choice(among=("tiles", "nuclei")),
     "field_size": Count(low=8, high=8192),
     "field_mpp": _MPP,
-    "max_fields": Count(low=1),
+    "max_fields": Count(null=True, low=1),
     "odd_share": _SHARE,
 }
 _PRETRAIN: dict[str, Kind] = {

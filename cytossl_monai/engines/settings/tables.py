@@ -61,6 +61,7 @@ _CELLS: dict[str, Kind] = {
     "field_mpp": _MPP,
     "max_fields": Count(null=True, low=1),
     "odd_share": _SHARE,
+    "seed": _SEED,
 }
 _PRETRAIN: dict[str, Kind] = {
     "output_dir": _OUT,
@@ -286,7 +287,6 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         **_MANY_MACHINES,
         **_ENCODE,
         **_CELLS,
-        "seed": _SEED,
         "slides": PathText(must_exist=True),
         "index_dir": _PATH,
         "output_dir": _OUT,

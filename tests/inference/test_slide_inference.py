@@ -254,7 +254,7 @@ def test_models_that_do_not_fit_stop_the_run_before_the_first_slide(cohort, tmp_
         "trained on the encoder": {"encoder": str(tmp_path / "wide.pt")},
         "do not fit": {"encoder": str(tmp_path / "mixed.pt")},
         "cannot be read": {"encoder": str(tmp_path / "torn.pt")},
-        "no MIL classifier": {"classifier": str(cohort.encoder)},
+        "not a classifier file": {"classifier": str(cohort.encoder)},
         "classifier .* does not exist": {"classifier": str(tmp_path / "none.pt")},
         "is unknown to": {"negative_class": "benign"},
     }

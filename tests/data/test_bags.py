@@ -35,7 +35,8 @@ def items_of(store, labels="abab"):
 def test_items_and_batch(store):
     items = items_of(store)
     assert [i["label"] for i in items] == [0, 1, 0, 1]
-    assert bag_encoder(items) == {"hash": "e1", "name": "vit", "dim": 4}
+    known = {"hash": "e1", "name": "vit", "dim": 4}
+    assert bag_encoder(items).items() >= known.items()
     dataset = BagDataset(items)
     assert dataset.sizes() == [5, 9, 2, 7]
     batch = collate_bags([dataset[1], dataset[2]])

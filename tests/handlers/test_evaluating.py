@@ -30,7 +30,7 @@ from cytossl_monai.metrics.probe import linear_probe
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.utils.errors import EXIT_PREEMPTED, Preempted, TableError, TrainingDiverged
+from cytossl_monai.utils.errors import EXIT_PREEMPTED, OutputError, Preempted, TableError, TrainingDiverged
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(torch, "save", full_disk)
     handlers = (CheckpointHandler(tmp_path, keep_last=1),)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="the disk is full"):
         make_trainer(None, steps=10, handlers=handlers, checkpoint_dir=tmp_path).run()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005.pt"]
     assert (tmp_path / "step_00000005.pt").read_bytes() == before

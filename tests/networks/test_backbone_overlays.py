@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser
 from cytossl_monai.networks.blocks.stem import ConvolutionalStem
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.resnet import ResNetFeatures, SmallResNet
-from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer, sr_vit_tiny
 
 TRANSFORMER_WIDTHS = {
     "sr_vit_tiny": 192,
@@ -41,7 +41,21 @@ def test_every_overlay_is_tested(repo_root: Path) -> None:
         *WIDTHS,
         "published_vit",
         "encoder_card",
+        "lora",
     }
+
+
+def test_lora_trains_low_ranks_norms_and_tables_alone(repo_root: Path) -> None:
+    parser = laid_over(repo_root, "lora", backbone=sr_vit_tiny(num_layers=1))
+    encoder = parser.get_parsed_content("encoder")
+    trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    still = [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad]
+    assert trained
+    assert still
+    low_rank = [name for name in trained if name.endswith((".down", ".up"))]
+    assert low_rank
+    assert all(name in low_rank or "norm" in name or "table" in name for name in trained), trained
+    assert any("qkv" in name for name in still)
 
 
 @pytest.mark.parametrize("name", WIDTHS)

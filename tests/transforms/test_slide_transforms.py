@@ -111,7 +111,7 @@ def test_lengths_are_the_tiles_not_the_slides(slide_file: Path, track_meta: bool
 def test_one_order_for_the_resolution(argument: Any, own: Any, item: Any, expected: float) -> None:
     image = MetaTensor(torch.zeros(3, 4, 4), meta={} if own is None else {"mpp": own})
     assert stated_mpp(argument, image, item) == expected
-    assert stated_mpp(None, torch.zeros(3, 4, 4), float("nan")) is None
+    assert stated_mpp(None, torch.zeros(3, 4, 4), "") is None
 
 
 def test_affine_agrees_between_resolutions() -> None:

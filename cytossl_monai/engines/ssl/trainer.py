@@ -23,6 +23,7 @@ from cytossl_monai.data.tiles.dataset import batch_to
 from cytossl_monai.engines.ssl.accumulation import encode_in_pieces
 from cytossl_monai.engines.ssl.batches import check_batch, cut_views, join_views
 from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, load_checkpoint
+from cytossl_monai.engines.ssl.divergence import describe_divergence
 from cytossl_monai.engines.ssl.optim import clip_gradients, set_hyperparameters
 from cytossl_monai.engines.ssl.protocol import Stateful
 from cytossl_monai.engines.ssl.wrap import unwrap
@@ -374,22 +375,7 @@ class SSLTrainer(Trainer):
         """
         if not bool(self._bad):
             return
-        step = self.state.iteration
-        first = step if self.check_every == 1 else max(1, step - self.check_every + 1)
-        where = f"at step {step}" if first == step else f"between steps {first} and {step}"
-        lr = max(float(group["lr"]) for group in self.optimizer.param_groups)
-        causes = [f"a learning rate too high or a warm-up too short (now {lr:.2e})"]
-        if self.clip_norm is None:
-            causes.append("gradients that are not clipped (set clip_norm)")
-        if self.precision == "fp16":
-            causes.append("float16 that overflows (set precision to bf16 or fp32)")
-        causes.append("a temperature too low, or a batch without contrast")
-        kept = self.last_checkpoint
-        then = f"The last good checkpoint is {kept}" if kept is not None else "No checkpoint had been written yet"
-        raise TrainingDiverged(
-            f"The loss became NaN or infinite {where} of {self.total_steps}. Likely causes: {'; '.join(causes)}. "
-            f"{then}; change one of these and start again."
-        )
+        raise TrainingDiverged(describe_divergence(self, self.check_every, self.clip_norm, self.precision))
 
     def report(self, **figures: float) -> None:
         """Publish figures: into ``state.metrics``, which MONAI's handlers log once an epoch, and to the sinks."""

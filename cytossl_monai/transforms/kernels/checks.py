@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def stated_mpp(argument: Any, image: Any, item: Any = None) -> Any:
     """
     own = image.meta.get("mpp") if isinstance(image, MetaTensor) else None
     for value in (argument, own, item):
-        if value is not None and value != "" and not (isinstance(value, float) and math.isnan(value)):
+        if value is not None and not (isinstance(value, str) and value == ""):
             return value
     return None
 

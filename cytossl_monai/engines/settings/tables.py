@@ -33,7 +33,7 @@ _TARGET = Choice(among=("multiclass", "ordinal", "multilabel"))
 _EVIDENCE = ("tiles", "overlay", "heatmap", "nifti", "geojson", "gallery", "report")
 
 _SLIDES: dict[str, Kind] = {
-    "slide": PathText(null=True, must_exist=True),
+    "slide": PathText(null=True),
     "slides": PathText(null=True, must_exist=True),
     "dataset_dir": PathText(null=True, must_exist=True),
     "slide_mpp": Number(null=True, low=0, high=1000, above=True),
@@ -149,7 +149,7 @@ _PRETRAIN: dict[str, Kind] = {
 _COHORT: dict[str, Kind] = {
     "output_dir": _OUT,
     "features_dir": _PATH,
-    "slides": PathText(must_exist=True),
+    "slides": PathText(),
     "target": _TARGET,
     "classes": Items(null=True),
     "seed": Count(high=2**32 - 1),

@@ -80,7 +80,7 @@ def test_a_step_is_the_plain_recipe() -> None:
         method.update((step + 1) / 3)
         losses.append(float(loss))
     _, recorded = train(steps=3, dropout=0.0, clip_norm=0.5)
-    assert recorded.losses == losses
+    assert recorded.losses == pytest.approx(losses, rel=1e-6)  # the norm of the gradient is summed in another order
 
 
 def test_views_differ_between_steps_and_samples_but_not_between_calls() -> None:

@@ -133,5 +133,5 @@ def waits_of_views(batch: int) -> Counter[str]:
 def test_the_waits_of_views_do_not_grow_with_the_batch() -> None:
     """Which samples an operation was drawn for, and which boxes, is decided on the host: a number per operation."""
     few, many = waits_of_views(4), waits_of_views(16)
-    assert sum(few.values()) <= 90, dict(few)
+    assert sum(few.values()) <= 110, dict(few)
     assert sum(many.values()) <= 1.25 * sum(few.values()), (dict(few), dict(many))

@@ -30,7 +30,7 @@ _BATCH = Count(low=1, high=65536)
 _PROCESSES = Count(high=1024)
 _AREA = Number(low=0, high=1e6)
 _TARGET = Choice(among=("multiclass", "ordinal", "multilabel"))
-_EVIDENCE = ("tiles", "overlay", "heatmap", "nifti", "geojson", "gallery", "report")
+_EVIDENCE = ("tiles", "overlay", "heatmap", "nifti", "geojson", "gallery", "report", "heads")
 
 _SLIDES: dict[str, Kind] = {
     "slide": PathText(null=True),

@@ -75,3 +75,11 @@ def test_the_new_method_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.M
     encoder, meta = load_encoder(tmp_path / "out" / "models" / "model.pt")
     assert encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 24)
     assert meta["method"] == "EqualAndSpread"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_commands_of_the_front_pages_name_their_models(page: str) -> None:
+    lines = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "inference.json" in line]
+    predicting = [line for line in lines if "--slide " in line]
+    assert predicting
+    assert all("--encoder" in line and "--classifier" in line for line in predicting), predicting

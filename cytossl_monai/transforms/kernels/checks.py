@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-__all__ = ["check_images", "check_masks", "check_mpp", "stated_mpp"]
+__all__ = ["check_images", "check_masks", "check_mpp", "check_valid", "real_pixels", "stated_mpp"]
 
 
 def check_images(images: Any, key: str = "images", dims: int = 4, values: bool = True) -> None:
@@ -80,6 +80,46 @@ def check_masks(masks: Any, images: Tensor, key: str = "masks", values: bool = T
             )
         masks = binary
     return masks.to(images.device)
+
+
+def check_valid(valid: Any, batch: int, height: int, width: int, key: str = "valid") -> Tensor | None:
+    """The boxes of the real pixels, as (B, 4) numbers within their tiles.
+
+    Args:
+        valid: (B, 4), or (4,) for a batch of one: left, top, right and bottom in pixels; None: all pixels are real.
+        batch: number of tiles.
+        height: of the tiles.
+        width: of the tiles.
+        key: what to call it in a message.
+
+    Returns:
+        (B, 4) float64 on the CPU; None where every tile is real all over.
+
+    Raises:
+        ValueError: for another shape, and for a box without a pixel.
+    """
+    if valid is None:
+        return None
+    try:
+        edges = torch.as_tensor(valid).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{key} is {valid!r}; allowed are left, top, right, bottom of the real pixels") from error
+    edges = edges.unsqueeze(0) if edges.ndim == 1 and batch == 1 else edges
+    if edges.shape != (batch, 4):
+        raise ValueError(f"{key} has the shape {tuple(edges.shape)}; allowed is ({batch}, 4): left, top, right, bottom")
+    most = torch.tensor([width, height, width, height], dtype=torch.float64)
+    edges = torch.minimum(edges.clamp(min=0.0), most)
+    if not bool((edges[:, 2:] > edges[:, :2]).all()):
+        raise ValueError(f"{key} holds a box without a pixel; allowed is left < right and top < bottom, in the tile")
+    return None if bool((edges[:, :2] == 0).all() and (edges[:, 2:] == most[2:]).all()) else edges
+
+
+def real_pixels(valid: Tensor, height: int, width: int) -> Tensor:
+    """(B, 1, H, W) bool on the CPU: pixels whose middle lies in their tile's box, as :func:`check_valid` gives it."""
+    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+    across = (x >= valid[:, 0:1]) & (x < valid[:, 2:3])
+    down = (y >= valid[:, 1:2]) & (y < valid[:, 3:4])
+    return (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1)
 
 
 def stated_mpp(argument: Any, image: Any, item: Any = None) -> Any:

@@ -5,7 +5,7 @@ All of them draw from one seed a sample and run the same kernels, so a tile is p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from monai.transforms import RandomizableTransform, Transform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
-from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp
+from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp, check_valid
 from cytossl_monai.transforms.ncp.batched import BatchedNCP
 from cytossl_monai.transforms.ncp.perturb import perturb
 from cytossl_monai.transforms.ncp.settings import NCPSettings
@@ -42,6 +42,7 @@ def perturb_one(
     donor_mask: NdarrayOrTensor | None,
     keys: tuple[str, str, str, str] = ("img", "mask", "donor", "donor_mask"),
     points: NdarrayOrTensor | None = None,
+    valid: NdarrayOrTensor | Sequence[float] | None = None,
 ) -> Tensor:
     """One tile through the batched kernels; ``keys`` are what messages call the inputs."""
     tensor = convert_to_tensor(img, track_meta=get_track_meta())
@@ -65,7 +66,8 @@ def perturb_one(
         donors = given.unsqueeze(0)
         donor_masks = None if donor_mask is None else check_masks(_plain(donor_mask), given, keys[3]).unsqueeze(0)
     draw = settings.draw(torch.tensor([seed], dtype=torch.int64), own_donors=donor is not None)
-    out = perturb(image.unsqueeze(0), mask, scale, draw, settings, donors, donor_masks, nuclei=nuclei)[0]
+    real = check_valid(valid, 1, *image.shape[-2:])
+    out = perturb(image.unsqueeze(0), mask, scale, draw, settings, donors, donor_masks, nuclei=nuclei, valid=real)[0]
     return convert_to_dst_type(out, tensor)[0]
 
 
@@ -147,6 +149,7 @@ class NucleiCenteredPerturb(Transform):
         donor: NdarrayOrTensor | None = None,
         donor_mask: NdarrayOrTensor | None = None,
         points: NdarrayOrTensor | None = None,
+        valid: NdarrayOrTensor | Sequence[float] | None = None,
     ) -> Tensor:
         """Perturb a tile.
 
@@ -158,6 +161,7 @@ class NucleiCenteredPerturb(Transform):
             donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
             donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
             points: (n, 2) x and y of the nuclei in pixels, of a detector; None takes the parts of the mask.
+            valid: (4,) left, top, right and bottom of the real pixels; None: all are. ``exchange`` leaves the fill be.
 
         Returns:
             A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
@@ -166,7 +170,7 @@ class NucleiCenteredPerturb(Transform):
             ValueError: for inputs that do not fit; the message names which.
         """
         scale = self.mpp if mpp is None else mpp
-        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask, points=points)
+        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask, points=points, valid=valid)
 
 
 class RandNucleiCenteredPerturb(RandomizableTransform):
@@ -231,6 +235,7 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
         donor_mask: NdarrayOrTensor | None = None,
         randomize: bool = True,
         points: NdarrayOrTensor | None = None,
+        valid: NdarrayOrTensor | Sequence[float] | None = None,
     ) -> Tensor:
         """Perturb a tile.
 
@@ -243,6 +248,7 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
             donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
             randomize: draw anew; False repeats what ``self.seed`` decides.
             points: (n, 2) x and y of the nuclei in pixels, of a detector; None takes the parts of the mask.
+            valid: (4,) left, top, right and bottom of the real pixels; None: all are. ``exchange`` leaves the fill be.
 
         Returns:
             A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
@@ -253,4 +259,4 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
         if randomize:
             self.randomize()
         scale = self.mpp if mpp is None else mpp
-        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask, points=points)
+        return perturb_one(img, mask, scale, self.seed, self.settings, donor, donor_mask, points=points, valid=valid)

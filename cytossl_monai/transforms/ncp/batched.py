@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp
+from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp, check_valid
 from cytossl_monai.transforms.kernels.random import draw_seeds
 from cytossl_monai.transforms.ncp.perturb import perturb
 from cytossl_monai.transforms.ncp.settings import NCPSettings
@@ -95,6 +95,7 @@ class BatchedNCP(nn.Module):
         check: bool = True,
         out: Tensor | None = None,
         nuclei: NucleiCentres | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Perturb a batch.
 
@@ -110,6 +111,8 @@ class BatchedNCP(nn.Module):
             out: where to write, contiguous and of the shape, dtype and device of ``images``, which may be it; None
                 makes a new tensor.
             nuclei: the single nuclei, where they are known; None takes the parts of the masks.
+            valid: (B, 4) left, top, right and bottom of each tile's real pixels; None: all are. ``exchange`` leaves the
+                rest, which is fill, as it is, and brings none of it among the real pixels.
 
         Returns:
             The shape (``"drop"``: with fewer samples), dtype and device of ``images``; the pixels of
@@ -145,7 +148,9 @@ class BatchedNCP(nn.Module):
             )
         if batch == 0:
             return images.clone()
-        out = perturb(images, masks, scale, self.settings.draw(seeds), self.settings, out=out, nuclei=nuclei)
+        real = check_valid(valid, batch, *images.shape[-2:])
+        drawn = self.settings.draw(seeds)
+        out = perturb(images, masks, scale, drawn, self.settings, out=out, nuclei=nuclei, valid=real)
         if not self.drop:
             return out
         if masks is not None:

@@ -41,8 +41,10 @@ class _PerturbDict(MapTransform):
         donor_mask_key: str | None,
         allow_missing_keys: bool,
         points_key: str | None,
+        valid_key: str | None,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
+        self.valid_key = valid_key
         self.mask_key, self.mpp_key = mask_key, mpp_key
         self.donor_key, self.donor_mask_key, self.points_key = donor_key, donor_mask_key, points_key
 
@@ -62,12 +64,14 @@ class _PerturbDict(MapTransform):
         mask = self._needed(d, self.mask_key) if points is None or self.mask_key in d else None
         donor = None if self.donor_key is None else self._needed(d, self.donor_key)
         donor_mask = None if self.donor_mask_key is None else self._needed(d, self.donor_mask_key)
+        valid = None if self.valid_key is None else self._needed(d, self.valid_key)
         names = (self.mask_key, str(self.donor_key), str(self.donor_mask_key))
         for key in self.key_iterator(d):
             image = self._needed(d, str(key))
             settings, seed = self.perturb.settings, self.perturb.seed
             mpp = stated_mpp(self.perturb.mpp, image, d.get(self.mpp_key))
-            d[key] = perturb_one(image, mask, mpp, seed, settings, donor, donor_mask, (str(key), *names), points=points)
+            named = (str(key), *names)
+            d[key] = perturb_one(image, mask, mpp, seed, settings, donor, donor_mask, named, points, valid)
         return d
 
 
@@ -93,6 +97,7 @@ class NucleiCenteredPerturbd(_PerturbDict):
         block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
         allow_missing_keys: pass over keys that are not there.
         points_key: where the nuclei's x and y are, of a detector; None: they are the parts of the mask.
+        valid_key: where left, top, right and bottom of the real pixels are, as `ImageFolder` says them; None: all are.
     """
 
     def __init__(
@@ -114,8 +119,10 @@ class NucleiCenteredPerturbd(_PerturbDict):
         block_um: float = 0.0,
         allow_missing_keys: bool = False,
         points_key: str | None = None,
+        valid_key: str | None = None,
     ) -> None:
-        super().__init__(keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys, points_key)
+        where = (mask_key, mpp_key, donor_key, donor_mask_key)
+        super().__init__(keys, *where, allow_missing_keys, points_key, valid_key)
         self.perturb = NucleiCenteredPerturb(
             ops, mpp, seed, margin_um, feather_um, patch_um, empty, keep_radius_um, retain_prob, block_um
         )
@@ -148,6 +155,7 @@ class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
         block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
         allow_missing_keys: pass over keys that are not there.
         points_key: where the nuclei's x and y are, of a detector; None: they are the parts of the mask.
+        valid_key: where left, top, right and bottom of the real pixels are, as `ImageFolder` says them; None: all are.
     """
 
     def __init__(
@@ -170,8 +178,10 @@ class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
         block_um: float = 0.0,
         allow_missing_keys: bool = False,
         points_key: str | None = None,
+        valid_key: str | None = None,
     ) -> None:
-        _PerturbDict.__init__(self, keys, mask_key, mpp_key, donor_key, donor_mask_key, allow_missing_keys, points_key)
+        where = (mask_key, mpp_key, donor_key, donor_mask_key)
+        _PerturbDict.__init__(self, keys, *where, allow_missing_keys, points_key, valid_key)
         amounts = (random_amount, keep_radius_um, retain_prob, block_um)
         self.perturb = RandNucleiCenteredPerturb(ops, mpp, margin_um, feather_um, patch_um, prob, empty, *amounts)
         RandomizableTransform.__init__(self, prob)

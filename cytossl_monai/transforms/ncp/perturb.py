@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.blur import blur
+from cytossl_monai.transforms.kernels.checks import real_pixels
 from cytossl_monai.transforms.kernels.chunks import chunks
 from cytossl_monai.transforms.kernels.colour import jitter_stain
 from cytossl_monai.transforms.ncp import operations as ncp
@@ -42,6 +43,7 @@ def perturb(
     donor_masks: Tensor | None = None,
     out: Tensor | None = None,
     nuclei: NucleiCentres | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Perturb all but the nuclei: ``a * image + (1 - a) * P(background)``.
 
@@ -56,6 +58,8 @@ def perturb(
             is None, and no nuclei otherwise.
         out: where to write, like ``images`` and contiguous; ``images`` itself is allowed. None makes a new tensor.
         nuclei: the single nuclei; None takes the parts of ``masks``, where they are needed.
+        valid: (B, 4) of :func:`check_valid`: the real pixels, among which alone ``exchange`` changes places; a nucleus
+            outside (mirrored fill has some) is none. None: all pixels are real.
 
     Returns:
         ``out``; pixels of retained nuclei are bit-identical to the input's.
@@ -76,12 +80,14 @@ def perturb(
         if masks is None:
             raise ValueError("masks is missing; allowed without masks are the nuclei's centres")
         nuclei = NucleiCentres.of_masks(masks)
+    if nuclei is not None and valid is not None:
+        nuclei = nuclei.inside(valid)
     active = draw.active()
     if settings.empty == "keep":
-        if masks is not None:
-            active &= masks.flatten(1).any(1).cpu()
-        elif nuclei is not None:
+        if settings.by_nucleus and nuclei is not None:
             active &= nuclei.counts() > 0
+        elif masks is not None:
+            active &= masks.flatten(1).any(1).cpu()
     given = _given(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
     for part in chunks(images):
         rows = active[part].nonzero().squeeze(1) + part.start
@@ -90,7 +96,8 @@ def perturb(
         if len(rows):
             at = rows.to(images.device)
             stay = _what_stays(masks, nuclei, mpp, draw, settings, rows, images)
-            out.index_copy_(0, at, _perturb_part(images, stay, mpp, draw, settings, given, rows))
+            real = None if valid is None else real_pixels(valid[rows], *images.shape[-2:]).to(images.device)
+            out.index_copy_(0, at, _perturb_part(images, stay, mpp, draw, settings, given, rows, real))
     return result
 
 
@@ -160,6 +167,7 @@ def _perturb_part(
     settings: NCPSettings,
     given: _Given | None,
     rows: Tensor,
+    real: Tensor | None = None,
 ) -> Tensor:
     """:func:`perturb` for the samples ``rows`` ((n,) int64 on the CPU), each of which at least one op acts on."""
     device = images.device
@@ -169,7 +177,8 @@ def _perturb_part(
     discs = settings.keep_radius_um > 0
     drawn_ops = {name for name, amount in amounts.items() if bool((amount > 0).any())}
     if discs and drawn_ops <= {"exchange"}:  # pixels move and no colour is computed: the input's own type will do
-        return exchange_outside(original, stay, settings.block_um / mpp, amounts["exchange"], seeds)
+        still = stay if real is None else stay | ~real
+        return exchange_outside(original, still, settings.block_um / mpp, amounts["exchange"], seeds)
     unit = _unit(original)
     weight = stay.to(torch.float32) if discs else _weight(stay, mpp, settings)
     pixels = ncp.NuclearPixels.of(weight, unit.shape[1])
@@ -194,6 +203,7 @@ def _perturb_part(
             here = blur(here, much * BLUR_SIGMA_UM / scale)
         elif name == "exchange":
             kept = weight.index_select(0, at) > 0
+            kept = kept if real is None else kept | ~real.index_select(0, at)
             here = exchange_outside(here, kept, settings.block_um / scale, much, seed)
         elif name == "noise":
             here = ncp.add_noise(here, much * NOISE_STD, seed)

@@ -136,6 +136,23 @@ class NucleiCentres:
         """
         return NucleiCentres(self.xy[chosen], self.sample[chosen], self.batch)
 
+    def inside(self, valid: Tensor) -> NucleiCentres:
+        """Those whose centre lies in the real pixels of their tile, with their labels.
+
+        Args:
+            valid: (B, 4) on the CPU: left, top, right and bottom of the real pixels.
+        """
+        box, xy = valid[self.sample], self.xy
+        chosen = ((xy >= box[:, :2]) & (xy < box[:, 2:])).all(1)
+        if bool(chosen.all()):
+            return self
+        some = self.where(chosen)
+        if self.labels is not None:
+            number = torch.where(chosen, chosen.cumsum(0), 0)
+            table = torch.cat([torch.zeros(1, dtype=torch.int64), number]).to(self.labels.device)
+            some.labels = table[self.labels.long()]
+        return some
+
     def pick(self, chance: Tensor) -> tuple[Tensor, Tensor]:
         """One nucleus a tile, each as likely.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cytossl_monai.transforms.kernels.blur import blur
-from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp
+from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp, check_valid
 from cytossl_monai.transforms.kernels.chunks import change_some_, chunks
 from cytossl_monai.transforms.kernels.colour import jitter_stain
 from cytossl_monai.transforms.kernels.random import draw_seeds, hash_uniform
@@ -228,6 +228,9 @@ class ViewGenerator(nn.Module):
         by_nucleus = perturbing and self.ncp_once and self.ncp is not None and self.ncp.settings.by_nucleus
         if nuclei is None and masks is not None and (centred or by_nucleus):
             nuclei = NucleiCentres.of_masks(masks)
+        real = check_valid(valid, len(tiles), *tiles.shape[-2:])
+        if nuclei is not None and real is not None:
+            nuclei = nuclei.inside(real)  # a mirrored nucleus is none to look at, and none to retain in place of a real one
         kept = torch.arange(len(tiles), device=tiles.device)
         if self.drop_empty and (masks is not None or nuclei is not None):
             if masks is not None:
@@ -239,11 +242,12 @@ class ViewGenerator(nn.Module):
                 tiles, masks = tiles[kept], None if masks is None else masks[kept]
                 nuclei = None if nuclei is None else nuclei.of(kept.cpu())
                 valid = None if valid is None else valid[kept.to(valid.device)]
+                real = None if real is None else real[kept.cpu()]
                 scale = None if scale is None else scale[kept.cpu()]
         batch = len(tiles)
         if perturbing and self.ncp_once and self.ncp is not None and (masks is not None or nuclei is not None):
             seeds = draw_seeds(batch, generator)
-            tiles = self.ncp(tiles, masks, scale, seeds=seeds, check=False, nuclei=nuclei)
+            tiles = self.ncp(tiles, masks, scale, seeds=seeds, check=False, nuclei=nuclei, valid=real)
             if self.centre_on == "retained" and nuclei is not None:
                 nuclei = nuclei.where(retained_nuclei(nuclei, seeds, self.ncp.settings.retain_prob))
         boxes = self._boxes(tiles, nuclei, generator, valid)

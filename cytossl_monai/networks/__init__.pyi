@@ -28,6 +28,7 @@ from .mil.monai_heads import MONAIHead as MONAIHead, MONAIPyramidHead as MONAIPy
 from .mil.pooling import MaxMIL as MaxMIL, MeanMIL as MeanMIL
 from .mil.targets import MILLoss as MILLoss, n_outputs as n_outputs
 from .mil.transmil import TransMIL as TransMIL
+from .nets.efficientnet_lite import EfficientNetLite as EfficientNetLite, efficientnet_lite0 as efficientnet_lite0
 from .nets.encoder import Encoder as Encoder
 from .nets.program import CallableNetwork as CallableNetwork, ProgramNetwork as ProgramNetwork
 from .nets.resnet import (
@@ -60,6 +61,7 @@ __all__ = [
     "LESS",
     "CallableNetwork",
     "DeepSVDD",
+    "EfficientNetLite",
     "Encoder",
     "EncoderCard",
     "MILClassifier",
@@ -80,6 +82,7 @@ __all__ = [
     "bundle_network",
     "card_encoder",
     "card_network",
+    "efficientnet_lite0",
     "load_classifier",
     "load_encoder",
     "load_vit_weights",

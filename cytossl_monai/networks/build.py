@@ -20,6 +20,7 @@ _OWN = "cytossl_monai.networks."
 
 NETWORKS: dict[str, str] = {
     "SRTransformer": _OWN + "nets.sr_transformer",
+    "EfficientNetLite": _OWN + "nets.efficientnet_lite",
     "ResNetFeatures": _OWN + "nets.resnet",
     "ResNetV2Features": _OWN + "nets.resnet",
     "SmallResNet": _OWN + "nets.resnet",

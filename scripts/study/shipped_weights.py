@@ -26,14 +26,15 @@ from cytossl_monai.data import open_slide
 from cytossl_monai.networks import Encoder, load_encoder, save_encoder
 from cytossl_monai.transforms import segment_instances
 
-SIDE = 112
+SIDE = 160  # 40 um at 0.25 um/px: a cell with what surrounds it
+MPP = 0.25
 SHIPPED = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_pretrain" / "models" / "resnet10_cells.pt"
-FRAMES = {"cric": ("cric/images", 0.25, 1), "mgg": ("mgg_fields", 0.2528, 1), "lbc": ("nuclei_lbc/images", 0.9, 2)}
+FRAMES = {"cric": ("cric/images", 0.25), "mgg": ("mgg_fields", 0.2528), "lbc": ("nuclei_lbc/images", 0.9)}
 META = {"name": "resnet10_cells", "tile_size": 64, "mpp": 0.375, "license": "Apache-2.0"}
 
 
 def around(image: np.ndarray, mpp: float, margin: bool) -> Iterator[np.ndarray]:
-    """(112, 112, 3) around each nucleus of (H, W, 3); beyond the border mirrored, or left out with ``margin``."""
+    """(160, 160, 3) around each nucleus of (H, W, 3); beyond the border mirrored, or left out with ``margin``."""
     half = SIDE // 2
     padded = np.pad(image, ((half, half), (half, half), (0, 0)), mode="reflect")
     table = segment_instances(torch.from_numpy(image.transpose(2, 0, 1).copy()), mpp).table
@@ -43,16 +44,17 @@ def around(image: np.ndarray, mpp: float, margin: bool) -> Iterator[np.ndarray]:
             yield padded[y : y + SIDE, x : x + SIDE]
 
 
-def frame_tiles(folder: Path, mpp: float, enlarge: int) -> Iterator[np.ndarray]:
-    """Tiles of every image of a folder."""
+def frame_tiles(folder: Path, mpp: float) -> Iterator[np.ndarray]:
+    """Tiles of every image of a folder; coarse ones are enlarged, so that a cell has its size."""
     for path in sorted(folder.iterdir()):
         image = Image.open(path).convert("RGB")
-        if enlarge > 1:
-            image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.BICUBIC)
-        yield from around(np.asarray(image), mpp / enlarge, margin=False)
+        if mpp > 1.1 * MPP:
+            sides = (round(image.width * mpp / MPP), round(image.height * mpp / MPP))
+            image = image.resize(sides, Image.Resampling.BICUBIC)
+        yield from around(np.asarray(image), MPP if mpp > 1.1 * MPP else mpp, margin=False)
 
 
-def slide_tiles(path: Path, number: int = 3500, side: int = 896, each: int = 41) -> Iterator[np.ndarray]:
+def slide_tiles(path: Path, number: int = 6000, side: int = 896, each: int = 41) -> Iterator[np.ndarray]:
     """At least ``number`` tiles from places drawn where the slide is dark, at most ``each`` from a place."""
     rng = np.random.default_rng(0)
     with open_slide(path) as slide:
@@ -72,7 +74,7 @@ def slide_tiles(path: Path, number: int = 3500, side: int = 896, each: int = 41)
 
 def make_tiles(data: Path, out: Path) -> None:
     """Write ``<source>/<number>.png``."""
-    sources = {name: frame_tiles(data / folder, mpp, by) for name, (folder, mpp, by) in FRAMES.items()}
+    sources = {name: frame_tiles(data / folder, mpp) for name, (folder, mpp) in FRAMES.items()}
     sources["csf"] = slide_tiles(data / "wsi" / "csf-pap.tif")
     for name, tiles in sources.items():
         (out / name).mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import yaml
 from monai.bundle import ConfigParser
 
 from cytossl_monai.networks.blocks.stem import ConvolutionalStem
+from cytossl_monai.networks.nets.efficientnet_lite import EfficientNetLite
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.resnet import ResNetFeatures, SmallResNet
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer, sr_vit_tiny
@@ -23,7 +24,7 @@ TRANSFORMER_WIDTHS = {
     "sr_vit_base": 768,
     "vit_small": 384,
 }
-WIDTHS = {**TRANSFORMER_WIDTHS, "resnet10": 256, "resnet18": 512, "resnet50": 2048}
+WIDTHS = {**TRANSFORMER_WIDTHS, "resnet10": 256, "resnet18": 512, "resnet50": 2048, "efficientnet_lite0": 304}
 TRANSFORMERS = list(TRANSFORMER_WIDTHS)
 
 
@@ -67,7 +68,7 @@ def test_builds_the_encoder_that_is_trained(name: str, repo_root: Path) -> None:
     assert isinstance(encoder, Encoder)
     assert encoder.embed_dim == WIDTHS[name]
     if name not in TRANSFORMERS:
-        assert isinstance(encoder.network, ResNetFeatures | SmallResNet)
+        assert isinstance(encoder.network, ResNetFeatures | SmallResNet | EfficientNetLite)
         return
     assert isinstance(encoder.network, SRTransformer)
     assert isinstance(encoder.network.patch_embedding, ConvolutionalStem) == name.endswith("_stem")

@@ -133,6 +133,7 @@ _PRETRAIN: dict[str, Kind] = {
     "prototypes": Count(low=2, high=1 << 24),
     "patch_prototypes": Count(low=2, high=1 << 24),
     "freeze_patches": Switch(),
+    "frozen_blocks": Count(high=16),
     "freeze_last_layer": Number(low=0, high=1e6),
     "mask_bias": Number(low=-1e3, high=1e3),
     "decoder_dim": Count(low=1, high=65536),

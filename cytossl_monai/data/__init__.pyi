@@ -31,6 +31,7 @@ from .tiles.images import ImageFolder as ImageFolder, list_images as list_images
 from .tiles.index_file import TileIndex as TileIndex
 from .tiles.labelled import LabelledImages as LabelledImages, training_mpp as training_mpp
 from .tiles.loader import tile_loader as tile_loader
+from .tiles.outlines import KnownNuclei as KnownNuclei, NucleusOutlines as NucleusOutlines
 from .tiles.sampler import SSLBatchSampler as SSLBatchSampler
 
 __all__ = [
@@ -38,9 +39,11 @@ __all__ = [
     "BagDataset",
     "FeatureExporter",
     "ImageFolder",
+    "KnownNuclei",
     "LabelledImages",
     "LoadBagd",
     "MixedDataset",
+    "NucleusOutlines",
     "RandTileDropoutd",
     "RandTileSampled",
     "SSLBatchSampler",

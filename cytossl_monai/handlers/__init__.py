@@ -1,16 +1,6 @@
 """Ignite handlers: online evaluation, collapse monitor, throughput, progress, checkpoints.
 
 What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
 """
 
 import lazy_loader as lazy

@@ -1,16 +1,6 @@
 """From a slide to the index of its tiles: glass, ink and blur left out, nuclei counted.
 
 What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
 """
 
 import lazy_loader as lazy

@@ -1,16 +1,6 @@
 """Self-supervised methods, one file a method; ``base.py`` is the contract.
 
 What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
 """
 
 import lazy_loader as lazy

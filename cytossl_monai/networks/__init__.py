@@ -1,16 +1,6 @@
 """Networks: the SR-Transformer, baseline encoders and multiple-instance classifiers.
 
 What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
 """
 
 import lazy_loader as lazy

@@ -1,16 +1,6 @@
 """Small tools that every other part stands on: errors, atomic files, run reports, worker processes.
 
 What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
-
-What ``__all__`` names is the public face: it stays where it is, the files behind it may move.
 """
 
 import lazy_loader as lazy

@@ -47,7 +47,9 @@ def array(tile: Tensor, seed: int, **given: object) -> Tensor:
 
 def dictionary(tile: Tensor, seed: int, **given: object) -> Tensor:
     keys = {f"{key}_key": key for key in ("points", "valid") if key in given}
-    perturb = RandNucleiCenteredPerturbd("pic", mask_key="mask", mpp=1.0, keep_radius_um=RADIUS, retain_prob=0.4, **keys)
+    perturb = RandNucleiCenteredPerturbd(
+        "pic", mask_key="mask", mpp=1.0, keep_radius_um=RADIUS, retain_prob=0.4, **keys
+    )
     perturb.perturb.seed = seed
     return perturb._perturb_all({"pic": tile, **given})["pic"]  # with this seed, in place of a new one
 

@@ -45,7 +45,8 @@ class TileCache(Dataset[Item]):
     one. Each slot carries a checksum; one that was half written is made again. Files under ``folder`` can be deleted at
     any time that no run uses them.
 
-    Items are those of ``dataset``, with ``nuclei`` uint8 (1, H, W), 1 in a nucleus, where there is a ``segmenter``. The
+    Items are those of ``dataset``, with ``nuclei`` uint8 (1, H, W), 1 in a nucleus, where there is a ``segmenter`` and
+    the data set brings no nuclei of its own. The
     transform of ``dataset`` is taken over and runs on what comes out of the cache, so that it may be random.
 
     Args:
@@ -73,7 +74,7 @@ class TileCache(Dataset[Item]):
         self.dataset = dataset
         self.transform: Callable[[Item], Item] | None = dataset.transform
         dataset.transform = None
-        self.segmenter = segmenter
+        self.segmenter = None if self.knows_nuclei else segmenter
         self.folder: Path | None = None
         self.capacity = 0
         self._maps: tuple[int, np.memmap, np.memmap] | None = None
@@ -92,6 +93,11 @@ class TileCache(Dataset[Item]):
         """As ``dataset.weights``."""
         weights: np.ndarray | None = self.dataset.weights
         return weights
+
+    @property
+    def knows_nuclei(self) -> bool:
+        """Whether the data set itself brings nuclei, which are not looked for then."""
+        return bool(getattr(self.dataset, "knows_nuclei", False))
 
     def tile_um(self) -> float:
         """Side of a tile in um, as the data set behind it says."""

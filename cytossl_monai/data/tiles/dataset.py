@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from cytossl_monai.data.slides.pool import SlidePool
 from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.data.tiles.outlines import KnownNuclei
 from cytossl_monai.utils.errors import InputError, SlideError, TableError
 from cytossl_monai.utils.files import file_fingerprint, visible_files
 
@@ -78,6 +79,8 @@ class TileDataset(Dataset[Item]):
         min_nuclei: leave out tiles with fewer nuclei.
         backend: slide reader, see ``open_slide``.
         max_open: open slides a process.
+        nuclei: those of a detector, as :func:`cytossl_monai.index.detected_nuclei` gives them: an item then has
+            ``nuclei``, an instance map int16 (1, size, size), and nobody looks for nuclei in it. None: has none.
         on_missing: ``"skip"`` leaves a slide out whose file is gone or has changed since it was indexed, and says so;
             ``"raise"`` stops.
 
@@ -100,7 +103,9 @@ class TileDataset(Dataset[Item]):
         backend: str = "auto",
         max_open: int = 16,
         on_missing: str = "skip",
+        nuclei: KnownNuclei | None = None,
     ) -> None:
+        self.nuclei = nuclei
         if on_missing not in ("skip", "raise"):
             raise ValueError(f"on_missing must be 'skip' or 'raise', got {on_missing!r}")
         self.transform = transform
@@ -112,6 +117,8 @@ class TileDataset(Dataset[Item]):
         for table in self._select(_index_files(index), slide_ids):
             path = table.slide_path if slide_root is None else _moved(Path(slide_root), table.slide_path)
             message = _unfit(table, path)
+            if message is None and nuclei is not None and nuclei.why_not(table.slide_id) is not None:
+                message = f"slide {table.slide_id}: {nuclei.why_not(table.slide_id)}"
             if message is None and path in self.slide_paths:
                 twin = self.slide_ids[self.slide_paths.index(path)]
                 raise TableError(
@@ -228,12 +235,26 @@ class TileDataset(Dataset[Item]):
         return {"image": pixels, "mpp": np.float32(self._mpp[number]), **self.about(number, sample)}
 
     def about(self, number: int, sample: int) -> Item:
-        """What an item says beside its pixels and their scale: ``valid``, ``slide_id``, ``x``, ``y``, ``sample``."""
+        """What an item says beside its pixels and their scale: ``valid``, ``slide_id``, ``x``, ``y``, ``sample``.
+
+        And, where the nuclei are known, ``nuclei``.
+        """
         x, y = self._xy[number]
-        slide_id = self.slide_ids[int(self.groups[number])]
+        group = int(self.groups[number])
+        slide_id = self.slide_ids[group]
         side = float(self._size[number])
         valid = torch.tensor([0.0, 0.0, side, side])
-        return {"valid": valid, "slide_id": slide_id, "x": int(x), "y": int(y), "sample": sample}
+        item = {"valid": valid, "slide_id": slide_id, "x": int(x), "y": int(y), "sample": sample}
+        if self.nuclei is None:
+            return item
+        pixels = int(self._size[number])
+        level0 = pixels * float(self._mpp[number]) / self._level0_mpp[group]
+        return {**item, "nuclei": torch.from_numpy(self.nuclei.of(slide_id).draw(x, y, level0, pixels))}
+
+    @property
+    def knows_nuclei(self) -> bool:
+        """Whether items bring their nuclei."""
+        return self.nuclei is not None
 
     def cache_key(self) -> dict[str, Any]:
         """What the pixels of the items depend on, for `TileCache`: files, arrays and settings."""
@@ -271,6 +292,11 @@ class MixedDataset(Dataset[Item]):
         self.shares = [1.0] * len(self.sources) if shares is None else [float(share) for share in shares]
         if len(self.shares) != len(self.sources) or min(self.shares) <= 0:
             raise ValueError(f"shares must be {len(self.sources)} numbers above zero, got {shares}")
+        knowing = [bool(getattr(source, "knows_nuclei", False)) for source in self.sources]
+        if any(knowing) and not all(knowing):
+            raise ValueError("nuclei are known of some sources and not of others; give them for all, or for none")
+        self.knows_nuclei = all(knowing)
+        self.keys = (*self.KEYS, "nuclei") if self.knows_nuclei else self.KEYS
         self.transform = transform
         ends = np.cumsum([len(source) for source in self.sources])
         self.offsets = np.concatenate([[0], ends[:-1]])
@@ -296,7 +322,7 @@ class MixedDataset(Dataset[Item]):
             wanted = [(int(numbers[s] - self.offsets[i]), int(samples[s])) for s in slots]
             for slot, item in zip(slots, self.sources[i].__getitems__(wanted)):
                 # Sources may carry further keys (labels); a batch needs the same ones throughout.
-                items[int(slot)] = {key: item[key] for key in self.KEYS}
+                items[int(slot)] = {key: item[key] for key in self.keys}
         return apply_transform(self.transform, [item for item in items if item is not None])
 
     def about(self, number: int, sample: int) -> Item:

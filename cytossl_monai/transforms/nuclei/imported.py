@@ -21,7 +21,7 @@ from skimage.measure import label
 
 from cytossl_monai.utils.errors import InputError
 
-__all__ = ["labels_from_geojson", "labels_from_map"]
+__all__ = ["labels_from_geojson", "labels_from_map", "nuclei_from_geojson"]
 
 _GEOMETRIES = frozenset(
     {"Polygon", "MultiPolygon", "GeometryCollection", "Point", "MultiPoint", "LineString", "MultiLineString"}
@@ -120,6 +120,49 @@ def _polygons(geometry: Any, name: str) -> Iterator[list[NDArray[np.float64]]]:
             raise broken
         if rings:
             yield [ring[:, :2] for ring in rings]
+
+
+def _points(geometry: Any, name: str) -> Iterator[NDArray[np.float64]]:
+    """The points of a geometry, (n, 2) x, y each time."""
+    kind = geometry.get("type") if isinstance(geometry, Mapping) else None
+    if kind == "GeometryCollection":
+        parts = geometry.get("geometries")
+        for part in parts if isinstance(parts, Sequence) else ():
+            yield from _points(part, name)
+    if kind not in ("Point", "MultiPoint"):
+        return
+    try:
+        places = np.asarray(geometry.get("coordinates"), dtype=np.float64)
+        places = places[None] if kind == "Point" else places.reshape(-1, places.shape[-1])
+        if places.shape[1] < 2 or not np.isfinite(places).all():
+            raise ValueError("no x, y")
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{name} holds a {kind} that is no list of x, y; write it again with the detector.") from error
+    yield places[:, :2]
+
+
+def nuclei_from_geojson(content: Any, name: str) -> tuple[list[NDArray[np.float64]], NDArray[np.float64]]:
+    """The nuclei of a GeoJSON, as `labels_from_geojson` takes them, without drawing them.
+
+    Args:
+        content: what the file holds.
+        name: what messages call it.
+
+    Returns:
+        The outer rings of the polygons, (n, 2) x and y each, and (P, 2) the points of objects that are points.
+
+    Raises:
+        InputError: it is no GeoJSON, or a geometry in it is malformed.
+    """
+    objects = list(_objects(content, name))
+    detections = [one for one in objects if not _is_annotation(one)]
+    outlines: list[NDArray[np.float64]] = []
+    points: list[NDArray[np.float64]] = []
+    for feature in detections or objects:
+        geometry = feature.get("nucleusGeometry") or feature.get("geometry")
+        outlines += [rings[0] for rings in _polygons(geometry, name) if len(rings[0]) >= 3]
+        points += list(_points(geometry, name))
+    return outlines, np.concatenate(points) if points else np.zeros((0, 2))
 
 
 def labels_from_geojson(

@@ -21,6 +21,8 @@ from cytossl_monai.transforms.views.boxes import NUMBERS, CropBoxes, cut_views, 
 
 __all__ = ["ViewGenerator"]
 
+_INSTANCES = (torch.int16, torch.int32, torch.int64)
+
 
 def _default_segmenter(images: Tensor, mpp: Tensor) -> Tensor:
     """This package's nuclei, imported at the first call: a caller with masks of its own does not need it."""
@@ -199,7 +201,8 @@ class ViewGenerator(nn.Module):
             tiles: (B, 3, H, W), uint8 or floating point in [0, 1]; not written to.
             mpp: micrometres per pixel of the tiles, one for all or one a sample; not needed where neither nuclei are
                 looked for nor NCP is on.
-            masks: (B, 1, H, W), bool or 0 and 1: nuclei from elsewhere; None asks the segmenter.
+            masks: (B, 1, H, W), bool or 0 and 1: nuclei from elsewhere; or an instance map, int16 to int64, of which
+                touching nuclei stay apart. None asks the segmenter.
             generator: where all random numbers come from; None takes torch's global CPU generator.
             valid: (B, 4) left, top, right, bottom of each tile's real pixels, which views are drawn in; None: all of
                 the tile. See :func:`~cytossl_monai.transforms.views.boxes.draw_boxes`.
@@ -218,7 +221,10 @@ class ViewGenerator(nn.Module):
         check_images(tiles, "tiles")
         tiles = tiles.as_subclass(Tensor)  # views are cut anew: a MetaTensor's affine is not theirs
         perturbing = self.ncp is not None and self.ncp.settings.prob > 0 and (self.ncp_once or bool(self.ncp_views))
-        if masks is not None:
+        if masks is not None and masks.dtype in _INSTANCES and masks.numel() and int(masks.max()) > 1:
+            instances, masks = masks, check_masks(masks > 0, tiles)
+            nuclei = NucleiCentres.of_instances(instances.to(tiles.device)) if nuclei is None else nuclei
+        elif masks is not None:
             masks = check_masks(masks, tiles)
         elif self.find_nuclei and nuclei is None:
             masks = self.segmenter(tiles, check_mpp(mpp, len(tiles)).to(tiles.device))
@@ -230,7 +236,9 @@ class ViewGenerator(nn.Module):
             nuclei = NucleiCentres.of_masks(masks)
         real = check_valid(valid, len(tiles), *tiles.shape[-2:])
         if nuclei is not None and real is not None:
-            nuclei = nuclei.inside(real)  # a mirrored nucleus is none to look at, and none to retain in place of a real one
+            nuclei = nuclei.inside(
+                real
+            )  # a mirrored nucleus is none to look at, and none to retain in place of a real one
         kept = torch.arange(len(tiles), device=tiles.device)
         if self.drop_empty and (masks is not None or nuclei is not None):
             if masks is not None:

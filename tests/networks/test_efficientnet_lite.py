@@ -114,7 +114,9 @@ def test_takes_published_names_and_leaves_what_is_behind(tmp_path: Path) -> None
     with torch.no_grad():
         torch.testing.assert_close(cut(images), by_formula(whole, images)[10].mean((2, 3)), atol=1e-4, rtol=1e-4)
     del state["_blocks.3._bn1.weight"]
-    with pytest.raises(CheckpointError, match=r"not an EfficientNet-Lite0; differs in blocks\.3\.depthwise\.bn\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"not an EfficientNet-Lite0; differs in blocks\.3\.depthwise\.bn\.weight"
+    ):
         load_efficientnet_lite_weights(efficientnet_lite0(), state)
     with pytest.raises(CheckpointError, match="not an EfficientNet-Lite0"):
         load_efficientnet_lite_weights(efficientnet_lite0(), {"conv1.weight": torch.zeros(64, 3, 7, 7)})

@@ -8,19 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.networks.nets.pooling import pool_output
+from cytossl_monai.networks.nets.pooling import image_size, pool_output
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
-__all__ = ["ScriptableEncoder"]
+__all__ = ["ScriptableEncoder", "learned_size"]
 
-_SIDE = 224
+_USUAL = (224, 224)
+
+
+def learned_size(encoder: Any) -> tuple[int, int]:
+    """Rows and columns of the tiles that an encoder sees: those that it learned from, no larger than ``input_size``.
+
+    Args:
+        encoder: an `Encoder`. Its ``meta["tile_size"]`` says what it learned from (files of pretraining and cards do);
+            where it does not, ``input_size`` counts; where there is neither, the network's own size; of networks
+            without one 224.
+    """
+    network = encoder.network
+    sides = [int(side) for side in (encoder.meta.get("tile_size"), encoder.input_size) if side]
+    patches = network.patch_size if isinstance(network, SRTransformer) else (1, 1)
+    if sides and not any(min(sides) % side for side in patches):
+        return min(sides), min(sides)
+    if isinstance(network, SRTransformer):
+        grid, patch = network.patch_embedding.grid, network.patch_embedding.patch_size
+        return int(grid[0] * patch[0]), int(grid[1] * patch[1])
+    if not hasattr(network, "image_size") and not hasattr(network, "patch_embedding"):
+        return _USUAL  # convolutions alone, which take any size
+    height, width = image_size(network)
+    return int(height), int(width)
 
 
 class ScriptableEncoder(nn.Module):
     """An encoder that ``torch.jit.script`` can compile: its network traced, for batches of any size.
 
-    The layout of tokens is Python that TorchScript cannot read, so the network is traced, for tiles of 224 pixels as
-    the bundles read them, or of its own size where its patches do not divide 224; others are refused.
+    The layout of tokens is Python that TorchScript cannot read, so the network is traced, for tiles of the size that it
+    learned from (`learned_size`); others are refused, larger ones brought down where the encoder does so.
     ``encoder_hash`` is the encoder's own, so that features are told apart.
 
     Args:
@@ -39,10 +61,7 @@ class ScriptableEncoder(nn.Module):
                 "an encoder with drop_background cannot be exported: its work depends on the tile; build it with "
                 "drop_background=None, which takes the same weights"
             )
-        self.height, self.width = _SIDE, _SIDE
-        if isinstance(network, SRTransformer) and any(_SIDE % side for side in network.patch_size):
-            grid, patch = network.patch_embedding.grid, network.patch_embedding.patch_size
-            self.height, self.width = int(grid[0] * patch[0]), int(grid[1] * patch[1])
+        self.height, self.width = learned_size(encoder)
         self.channels = int(encoder.mean.shape[1])
         self.shrinks: bool = encoder.input_size is not None
         self.encoder_hash: str = encoder.hash

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cytossl_monai.networks.blocks.attention.dense import attend
 from cytossl_monai.networks.blocks.attention.flex import flex_pays, flex_routed_attention
-from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reference_attention
+from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reach, reference_attention
 from cytossl_monai.networks.blocks.attention.routed import routed_attention, tiles_pay
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
@@ -36,8 +36,8 @@ class SparseAttention(nn.Module):
         rpe: relative position encoding: None, a method's name, or the arguments of `RPEConfig`.
         sparsity: ``none``, ``topk`` or ``routed``.
         keep_ratio: for ``topk`` where ``num_keys`` is None: share of the patches that a query keeps, in (0, 1].
-        num_salient: for ``routed``: patches that every patch of the image sees.
-        window: for ``routed``: rows and columns that a patch sees on each side.
+        num_salient: for ``routed``: patches that every patch of the image sees; None: they grow with the image's grid.
+        window: for ``routed``: rows and columns that a patch sees on each side; None: it grows too (`reach`).
         has_class_token: whether the first token is a class token.
         has_registers: whether further prefix tokens follow it.
         save_attn: keep the attention of the last forward pass in ``att_mat`` (B, h, L, L), without gradient.
@@ -60,8 +60,8 @@ class SparseAttention(nn.Module):
         rpe: RPEConfig | Mapping[str, Any] | str | None = None,
         sparsity: str = "none",
         keep_ratio: float = 0.5,
-        num_salient: int = 32,
-        window: int = 3,
+        num_salient: int | None = 32,
+        window: int | None = 3,
         has_class_token: bool = True,
         has_registers: bool = False,
         save_attn: bool = False,
@@ -80,7 +80,7 @@ class SparseAttention(nn.Module):
             raise ValueError(f"keep_ratio must lie in (0, 1]; got {keep_ratio}.")
         if num_keys is not None and num_keys < 1:
             raise ValueError(f"num_keys must be at least 1; got {num_keys}.")
-        if num_salient < 0 or window < 0:
+        if (num_salient or 0) < 0 or (window or 0) < 0:
             raise ValueError(f"num_salient and window must not be negative; got {num_salient} and {window}.")
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -140,7 +140,8 @@ class SparseAttention(nn.Module):
 
     def _batched(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
         """(B, L, 3, h, d) -> (B, L, C)."""
-        if self.sparsity == "routed" and tiles_pay(layout, self.window, self.num_salient):
+        num_salient, window = reach(layout.grid, self.num_salient, self.window)
+        if self.sparsity == "routed" and tiles_pay(layout, window, num_salient):
             rows = qkv.flatten(0, 1)
             out = self._routed(rows, layout)
             return out.view(qkv.shape[0], qkv.shape[1], -1)
@@ -158,8 +159,8 @@ class SparseAttention(nn.Module):
                 key.detach(),
                 layout,
                 "routed",
-                num_salient=self.num_salient,
-                window=self.window,
+                num_salient=num_salient,
+                window=window,
             )
         keep = self._keep(layout) if self.sparsity == "topk" else None
         tables = None if self.irpe is None else self.irpe.tables()
@@ -173,7 +174,8 @@ class SparseAttention(nn.Module):
 
     def _sees_all(self, layout: TokenLayout) -> bool:
         """Whether every patch sees every other, by its window or because all are salient: then nothing is routed."""
-        return max(layout.grid) <= self.window + 1 or self.num_salient >= layout.num_patches
+        num_salient, window = reach(layout.grid, self.num_salient, self.window)
+        return max(layout.grid) <= window + 1 or num_salient >= layout.num_patches
 
     @staticmethod
     def _pair_ids(irpe: IRPE, layout: TokenLayout, device: torch.device) -> Tensor:
@@ -194,15 +196,17 @@ class SparseAttention(nn.Module):
     def _routed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
         """(R, 3, h, d) -> (R, C)."""
         query, key, value = qkv.unbind(1)
+        num_salient, window = reach(layout.grid, self.num_salient, self.window)
         if flex_pays(query, self.irpe, self._dropout()):
-            out = flex_routed_attention(query, key, value, layout, self.irpe, self.window, self.num_salient)
+            out = flex_routed_attention(query, key, value, layout, self.irpe, window, num_salient)
         else:
-            out = routed_attention(query, key, value, layout, self.irpe, self.window, self.num_salient, self._dropout())
+            out = routed_attention(query, key, value, layout, self.irpe, window, num_salient, self._dropout())
         return out.flatten(1)
 
     def _packed(self, qkv: Tensor, layout: TokenLayout) -> Tensor:
         """(rows, 3, h, d) -> (rows, C): images of like length share a padded product, so that padding costs little."""
-        if self.sparsity == "routed" and tiles_pay(layout, self.window, self.num_salient):
+        num_salient, window = reach(layout.grid, self.num_salient, self.window)
+        if self.sparsity == "routed" and tiles_pay(layout, window, num_salient):
             return self._routed(qkv, layout)
         out = qkv.new_zeros(qkv.shape[0], self.hidden_size)
         for rows, real, group in layout.remember("groups", lambda: _groups(layout, qkv.device)):
@@ -213,7 +217,8 @@ class SparseAttention(nn.Module):
     @torch.no_grad()
     def _save(self, qkv: Tensor, layout: TokenLayout) -> None:
         """Attention over all pairs, computed apart from the kernel, which does not give it."""
-        chosen = (self.keep_ratio, self.num_salient, self.window, self.num_keys, self.sparse_prefix)
+        num_salient, window = reach(layout.grid, self.num_salient, self.window)
+        chosen = (self.keep_ratio, num_salient, window, self.num_keys, self.sparse_prefix)
         settings = (self.irpe, self.sparsity, *chosen)
         if not layout.packed:
             query, key, value = qkv.permute(2, 0, 3, 1, 4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cytossl_monai.networks.blocks.attention.reference import open_share
+from cytossl_monai.networks.blocks.attention.reference import open_share, reach
 from cytossl_monai.networks.blocks.background import foreground_patches
 from cytossl_monai.networks.blocks.irpe import RPEConfig
 from cytossl_monai.networks.blocks.patch_embedding import PatchEmbedding
@@ -83,8 +83,9 @@ class SRTransformer(nn.Module):
         sparsity: ``none``, ``topk`` or ``routed``; or a list, one a layer.
         keep_ratio: ``topk`` where ``num_keys`` is None: share of the patches that a patch keeps, in (0, 1].
         num_salient: ``routed``: patches of the image that every patch sees; at most the number of patches at
-            ``img_size``. A smaller image uses all its patches at most.
-        window: ``routed``: rows and columns that a patch sees on each side.
+            ``img_size``. A smaller image uses all its patches at most. None: they grow with each image's grid, 32 of
+            the 196 of a 14 x 14 grid.
+        window: ``routed``: rows and columns that a patch sees on each side. None: grows with the grid, 3 of 14.
         drop_background: leave patches of blank glass out of all blocks. True, an optical density as threshold, or the
             arguments ``threshold``, ``glass``, ``on_blank`` of `foreground_patches`. None or False: keep everything.
         drop_path_rate: stochastic depth of the last block; earlier ones have less, linearly.
@@ -128,8 +129,8 @@ class SRTransformer(nn.Module):
         rpe: RPEArgument | Sequence[RPEArgument] = None,
         sparsity: str | Sequence[str] = "none",
         keep_ratio: float = 0.5,
-        num_salient: int = 32,
-        window: int = 3,
+        num_salient: int | None = 32,
+        window: int | None = 3,
         drop_background: bool | float | Mapping[str, Any] | None = None,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
@@ -176,15 +177,22 @@ class SRTransformer(nn.Module):
             )
         rows, cols = self.patch_embedding.grid
         sparsities = _per_layer(sparsity, num_layers, "sparsity")
-        if "routed" in sparsities and num_salient > rows * cols:
-            raise ValueError(f"num_salient {num_salient} exceeds the {rows * cols} patches of a {rows} x {cols} grid.")
-        if "routed" in sparsities and (share := open_share((rows, cols), num_salient, window)) > _NEARLY_DENSE:
+        salient, near = reach((rows, cols), num_salient, window)
+        if "routed" in sparsities and salient > rows * cols:
+            raise ValueError(f"num_salient {salient} exceeds the {rows * cols} patches of a {rows} x {cols} grid.")
+        if "routed" in sparsities and (share := open_share((rows, cols), salient, near)) > _NEARLY_DENSE:
             warnings.warn(
-                f"routed attention leaves {share:.0%} of the pairs of a {rows} x {cols} grid open with window {window} "
-                f"and {num_salient} salient patches: that is dense attention. Take smaller ones, or sparsity 'none'.",
+                f"routed attention leaves {share:.0%} of the pairs of a {rows} x {cols} grid open with window {near} "
+                f"and {salient} salient patches: that is dense attention. Take smaller ones (null: they grow with the "
+                "grid), or sparsity 'none'.",
                 stacklevel=2,
             )
-
+        if "topk" in sparsities and num_keys is not None and _NEARLY_DENSE < (share := num_keys / (rows * cols)) <= 1:
+            warnings.warn(
+                f"topk attention leaves {share:.0%} of the pairs of a {rows} x {cols} grid open with num_keys "
+                f"{num_keys}: that is dense attention. Take a smaller num_keys, or sparsity 'none'.",
+                stacklevel=2,
+            )
         has_topk = "topk" in sparsities and num_keys is not None
         self.least_tokens = int(num_keys or 0) if has_topk else 0  # of an image that is encoded whole
         self.tokens_beside = int(has_class_token) + num_register_tokens if sparse_prefix else 0
@@ -457,6 +465,8 @@ _SR = {
     "sparsity": "topk",
     "num_keys": 16,
     "sparse_prefix": True,
+    "num_salient": None,  # of routed attention, where it is asked for: both grow with the grid
+    "window": None,
 }
 
 
@@ -491,10 +501,12 @@ def sr_vit_base(**kwargs: Any) -> SRTransformer:
     return _vit(768, 12, _SR, kwargs)
 
 
-# Small views and short runs: a patch's neighbours and the salient patches, which on few patches are all of them.
+# Small views and short runs: a patch's neighbours and the salient patches, which grow with the grid.
 _STEM = {
     "rpe": {"method": "product", "mode": "contextual", "on": "k"},
     "sparsity": "routed",
+    "num_salient": None,
+    "window": None,
     "patch_embedding": "stem",
 }
 

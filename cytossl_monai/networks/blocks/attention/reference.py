@@ -10,7 +10,7 @@ from torch import Tensor
 from cytossl_monai.networks.blocks.irpe import IRPE, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
-__all__ = ["attention_mask", "num_kept", "open_share", "reference_attention", "salience", "salient_positions"]
+__all__ = ["attention_mask", "num_kept", "open_share", "reach", "reference_attention", "salience", "salient_positions"]
 
 
 def num_kept(keep_ratio: float, tokens: int, num_keys: int | None = None) -> int:
@@ -27,6 +27,22 @@ def num_kept(keep_ratio: float, tokens: int, num_keys: int | None = None) -> int
     if num_keys is not None:
         return max(1, min(num_keys, tokens))
     return max(1, math.ceil(keep_ratio * tokens - 1e-9))
+
+
+def reach(grid: tuple[int, int], num_salient: int | None, window: int | None) -> tuple[int, int]:
+    """Salient patches and window of routed attention on a grid.
+
+    Args:
+        grid: rows and columns of patches.
+        num_salient: as set; None: grows with the grid, 32 of the 196 patches of a 14 x 14 grid, and at least one.
+        window: as set; None: grows with the shorter side, 3 patches of 14, and at least one.
+
+    Returns:
+        Both as numbers. Where both grow, about a third of the pairs is open on every grid.
+    """
+    if num_salient is None:
+        num_salient = max(1, round(32 / 196 * grid[0] * grid[1]))
+    return num_salient, max(1, round(3 / 14 * min(grid))) if window is None else window
 
 
 def open_share(grid: tuple[int, int], num_salient: int, window: int) -> float:

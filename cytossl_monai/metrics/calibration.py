@@ -233,5 +233,5 @@ def fit_calibration(
         return total
 
     solver.step(cost)
-    temperature = float(np.clip(float((-inverse).exp()), *bounds))
+    temperature = float(np.clip(float((-inverse.detach()).exp()), *bounds))
     return temperature, bias.detach()

@@ -30,7 +30,7 @@ def test_table_and_truth(made):
         assert list(truth.columns[:5]) == ["x", "y", "w", "h", "class"]
         assert truth["class"].isin(LESION_CLASSES).sum() == row.n_lesion
         assert (truth["class"] != "debris").sum() == row.n_cells
-        assert (row.n_lesion > 0) == bool(row.label)
+        assert row.label == ("positive" if row.n_lesion > 0 else "negative")
         assert (truth[["x", "y"]].min() >= 0).all()
         assert (truth.x + truth.w).max() <= SIZE
         assert (truth.y + truth.h).max() <= SIZE

@@ -28,6 +28,8 @@ __all__ = ["PlacedCell", "SyntheticSettings", "make_slide", "make_slides"]
 VERSION = 1
 """Changes with every change of the pixels, so that slides of an older generator are made again."""
 
+LABELS = ("negative", "positive")
+
 _BAND = 512
 _BANK = {"superficial": 10, "intermediate": 14, "parabasal": 8, "leukocyte": 12, "debris": 6}
 
@@ -93,7 +95,7 @@ def make_slides(
 ) -> Path:
     """Make labelled slides; those that are there already, whole and of the same settings, are left as they are.
 
-    Every second slide is positive (label 1). What is written:
+    Every second slide is ``positive``, the others are ``negative``. What is written:
 
     - ``slide_0000.tif`` ...: tiled pyramidal JPEG TIFF with its resolution;
     - ``slides.csv``: ``slide_id,path,label,lesion,patient_id,n_cells,n_lesion``;
@@ -136,7 +138,7 @@ def make_slides(
             lesion = sum(kind in LESION_CLASSES for kind in kinds)
             cells = sum(kind != "debris" for kind in kinds)
             patient = f"patient_{i // 2 // slides_per_patient:04d}_{i % 2}"
-            writer.writerow((_name(i), f"{_name(i)}.tif", i % 2, _lesion(i) or "nilm", patient, cells, lesion))
+            writer.writerow((_name(i), f"{_name(i)}.tif", LABELS[i % 2], _lesion(i) or "nilm", patient, cells, lesion))
     return folder / "slides.csv"
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from cytossl_monai.metrics.logged import read_log
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
-from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "concepts" / "architecture.md"

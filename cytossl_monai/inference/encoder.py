@@ -12,7 +12,7 @@ from torch import nn
 
 from cytossl_monai.networks.files import ENCODER_FORMAT
 from cytossl_monai.networks.nets.encoder import Encoder
-from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
 from cytossl_monai.networks.open import open_encoder
 from cytossl_monai.utils.errors import CheckpointError
 

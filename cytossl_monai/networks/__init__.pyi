@@ -40,8 +40,7 @@ from .nets.resnet import (
     resnet50 as resnet50,
     resnet50_v2 as resnet50_v2,
 )
-from .nets.sr_transformer import (
-    SRTransformer as SRTransformer,
+from .nets.sr_presets import (
     sr_vit_base as sr_vit_base,
     sr_vit_base_stem as sr_vit_base_stem,
     sr_vit_small as sr_vit_small,
@@ -50,6 +49,7 @@ from .nets.sr_transformer import (
     sr_vit_tiny_stem as sr_vit_tiny_stem,
     vit_small as vit_small,
 )
+from .nets.sr_transformer import SRTransformer as SRTransformer
 from .open import open_encoder as open_encoder
 from .weights import load_vit_weights as load_vit_weights
 

@@ -22,7 +22,7 @@ import torch
 from cytossl_monai.data import make_slides
 from cytossl_monai.networks.files import save_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
-from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ def make(folder: Path) -> None:
     from cytossl_monai.networks.mil.abmil import ABMIL
     from cytossl_monai.networks.mil.classifier import MILClassifier
     from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
-    from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+    from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
 
     table = make_slides(folder / "slides", 8, 1024, seed=3, density=900.0, blur=0.0, progress=False, num_workers=2)
     records = read_slide_table(table)

@@ -112,7 +112,7 @@ def test_load_for_training(installed, cohort, tmp_path):
     """To go on from released weights; they lie under ``state_dict`` in the file. cytossl_inference trains nothing."""
     more = {"bundle_dir": str(installed), "workflow_type": "train", "device": "cpu", "key_in_ckpt": "state_dict"}
     arguments = tmp_path / "pretrain.json"
-    tiny = {"_target_": "cytossl_monai.networks.nets.sr_transformer.sr_vit_tiny", "num_layers": 1}
+    tiny = {"_target_": "cytossl_monai.networks.sr_vit_tiny", "num_layers": 1}
     arguments.write_text(json.dumps({"backbone": tiny, "output_dir": str(tmp_path)}))
     network = load("cytossl_pretrain", args_file=str(arguments), **more).eval()
     assert isinstance(network, Encoder)

@@ -20,7 +20,7 @@ from cytossl_monai.networks.files import save_classifier, save_encoder
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
-from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
 from cytossl_monai.utils.errors import CheckpointError, TableError
 from cytossl_monai.utils.report import RunReport
 

@@ -14,7 +14,8 @@ from cytossl_monai.networks.blocks.stem import ConvolutionalStem
 from cytossl_monai.networks.nets.efficientnet_lite import EfficientNetLite
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.resnet import ResNetFeatures, SmallResNet
-from cytossl_monai.networks.nets.sr_transformer import SRTransformer, sr_vit_tiny
+from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 TRANSFORMER_WIDTHS = {
     "sr_vit_tiny": 192,

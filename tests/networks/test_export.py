@@ -6,7 +6,7 @@ from monai.networks.nets import ViT
 
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.nets.export import learned_size
-from cytossl_monai.networks.nets.sr_transformer import sr_vit_tiny
+from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
 
 CASES = {
     "routed": lambda: Encoder(sr_vit_tiny(num_layers=1)),

@@ -12,7 +12,8 @@ import torch
 from cytossl_monai.networks.blocks.attention.reference import open_share, reach
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
-from cytossl_monai.networks.nets.sr_transformer import SRTransformer, sr_vit_small_stem, sr_vit_tiny, sr_vit_tiny_stem
+from cytossl_monai.networks.nets.sr_presets import sr_vit_small_stem, sr_vit_tiny, sr_vit_tiny_stem
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 
 @pytest.mark.parametrize(

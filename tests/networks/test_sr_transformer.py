@@ -16,13 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cytossl_monai  # noqa: F401 - registers the short names
 from cytossl_monai.networks.blocks.attention import routed as attention_routed
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
-from cytossl_monai.networks.nets.sr_transformer import (
-    SRTransformer,
-    sr_vit_base,
-    sr_vit_small,
-    sr_vit_tiny,
-    vit_small,
-)
+from cytossl_monai.networks.nets.sr_presets import sr_vit_base, sr_vit_small, sr_vit_tiny, vit_small
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 SMALL = {"in_channels": 3, "img_size": 32, "patch_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 3}
 RPE = {"method": "product", "mode": "contextual", "on": "qk"}

@@ -13,7 +13,8 @@ from cytossl_monai.networks.convert import to_sr_transformer
 from cytossl_monai.networks.files import load_encoder, save_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.resnet import SmallResNet, resnet10, resnet18
-from cytossl_monai.networks.nets.sr_transformer import SRTransformer, sr_vit_tiny_stem
+from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny_stem
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.networks.weights import load_vit_weights
 from cytossl_monai.utils.errors import CheckpointError
 

@@ -18,17 +18,18 @@ from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.sr_block import SRBlock
 from cytossl_monai.networks.blocks.stem import ConvolutionalStem
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
+from cytossl_monai.networks.nets.sr_arguments import (
+    background_settings,
+    check_patch_mask,
+    pair,
+    per_layer,
+    plain_arguments,
+    unseen_patches,
+)
 
 __all__ = [
     "Features",
     "SRTransformer",
-    "sr_vit_base",
-    "sr_vit_base_stem",
-    "sr_vit_small",
-    "sr_vit_small_stem",
-    "sr_vit_tiny",
-    "sr_vit_tiny_stem",
-    "vit_small",
 ]
 
 PATCH_EMBEDDINGS = ("patch", "stem")
@@ -149,11 +150,11 @@ class SRTransformer(nn.Module):
             raise ValueError(
                 f"num_layers must be at least 1 and registers not negative; got {num_layers} and {num_register_tokens}."
             )
-        rpes = [RPEConfig.parse(one) for one in _per_layer(rpe, num_layers, "rpe")]
+        rpes = [RPEConfig.parse(one) for one in per_layer(rpe, num_layers, "rpe")]
         rpe = rpes if isinstance(rpe, list | tuple) else rpes[0]
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "rpes")}
         super().__init__()
-        self.config: dict[str, Any] = {name: _plain(value) for name, value in arguments.items()}
+        self.config: dict[str, Any] = {name: plain_arguments(value) for name, value in arguments.items()}
         if spatial_dims != 2:
             raise ValueError(f"SRTransformer is for images, spatial_dims=2; got {spatial_dims}.")
         if not 0 <= drop_path_rate < 1:
@@ -161,7 +162,7 @@ class SRTransformer(nn.Module):
         if classification and class_token is False:
             raise ValueError("classification needs the class token: leave class_token out or set it.")
         has_class_token = classification if class_token is None else class_token
-        sizes, patches = _pair(img_size, "img_size"), _pair(patch_size, "patch_size")
+        sizes, patches = pair(img_size, "img_size"), pair(patch_size, "patch_size")
         if patch_embedding not in PATCH_EMBEDDINGS:
             raise ValueError(f"patch_embedding must be one of {', '.join(PATCH_EMBEDDINGS)}; got {patch_embedding!r}.")
         self.patch_embedding: PatchEmbedding
@@ -176,7 +177,7 @@ class SRTransformer(nn.Module):
                 in_channels, sizes, patches, hidden_size, num_heads, proj_type, pos_embed_type, dropout_rate
             )
         rows, cols = self.patch_embedding.grid
-        sparsities = _per_layer(sparsity, num_layers, "sparsity")
+        sparsities = per_layer(sparsity, num_layers, "sparsity")
         salient, near = reach((rows, cols), num_salient, window)
         if "routed" in sparsities and salient > rows * cols:
             raise ValueError(f"num_salient {salient} exceeds the {rows * cols} patches of a {rows} x {cols} grid.")
@@ -204,7 +205,7 @@ class SRTransformer(nn.Module):
         self.has_class_token = has_class_token
         self.num_prefix = int(has_class_token) + num_register_tokens
         self.checkpoint_activations = checkpoint_activations
-        self.drop_background = _background(drop_background)
+        self.drop_background = background_settings(drop_background)
         self.blocks = nn.ModuleList(
             SRBlock(
                 SparseAttention(
@@ -338,7 +339,7 @@ class SRTransformer(nn.Module):
         cells = grid[0] * grid[1]
         if foreground is None and keep is None and self.drop_background is not None:
             foreground = foreground_patches(x, self.patch_size, **self.drop_background)
-        tokens = self.patch_embedding.embed(x, _unseen(mask, keep, batch, cells))
+        tokens = self.patch_embedding.embed(x, unseen_patches(mask, keep, batch, cells))
         if mask is not None:
             if mask_token is None:
                 raise ValueError("mask needs mask_token: the embedding that replaces masked patches.")
@@ -353,7 +354,7 @@ class SRTransformer(nn.Module):
             layout.positions = keep
         if foreground is None:
             return torch.cat([*prefix, tokens], dim=1), layout, None
-        _check_mask(foreground, batch, cells, "foreground")
+        check_patch_mask(foreground, batch, cells, "foreground")
         counts = foreground.sum(dim=1).tolist()
         if min(counts) == 0:
             blank = [image for image, count in enumerate(counts) if count == 0]
@@ -386,66 +387,6 @@ def _with_prefix(mask: Tensor, num_prefix: int) -> Tensor:
     return torch.cat([mask.new_ones(mask.shape[0], num_prefix), mask], dim=1)
 
 
-def _unseen(mask: Tensor | None, keep: Tensor | None, batch: int, cells: int) -> Tensor | None:
-    """(B, N) bool of the patches whose pixels no token may see: masked ones (iBOT), and those not kept (MAE)."""
-    if mask is not None:
-        _check_mask(mask, batch, cells, "mask")
-    if keep is None:
-        return mask
-    if keep.dim() != 2 or keep.shape[0] != batch or keep.dtype != torch.long or not 0 < keep.shape[1] <= cells:
-        raise ValueError(
-            f"keep must be int64 ({batch}, K) with K from 1 to {cells}; got {keep.dtype} {tuple(keep.shape)}."
-        )
-    left_out = torch.ones(batch, cells, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
-    return left_out if mask is None else left_out | mask
-
-
-def _check_mask(mask: Tensor, batch: int, cells: int, name: str) -> None:
-    if mask.dtype != torch.bool or mask.shape != (batch, cells):
-        raise ValueError(f"{name} must be bool of shape ({batch}, {cells}); got {mask.dtype} {tuple(mask.shape)}.")
-
-
-def _pair(value: Sequence[int] | int, name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be a number or two; got {value}.")
-    return int(pair[0]), int(pair[1])
-
-
-def _per_layer(value: Any, num_layers: int, name: str) -> list[Any]:
-    if isinstance(value, list | tuple):
-        if len(value) != num_layers:
-            raise ValueError(f"{name} as a list needs one entry a layer, {num_layers}; got {len(value)}.")
-        return list(value)
-    return [value] * num_layers
-
-
-def _background(value: bool | float | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if value is None or value is False:
-        return None
-    if value is True:
-        return {}
-    if isinstance(value, Mapping):
-        unknown = set(value) - {"threshold", "glass", "on_blank"}
-        if unknown:
-            raise ValueError(f"drop_background does not know {sorted(unknown)}; it takes threshold, glass, on_blank.")
-        return dict(value)
-    if value <= 0:
-        raise ValueError(f"drop_background as a threshold must be above 0; got {value}.")
-    return {"threshold": float(value)}
-
-
-def _plain(value: Any) -> Any:
-    """Constructor arguments as plain data, fit for a configuration file and a weights-only checkpoint."""
-    if isinstance(value, RPEConfig):
-        return {name: getattr(value, name) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
-
-
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -457,75 +398,3 @@ def _drop_unused_monai_keys(module: nn.Module, state_dict: dict[str, Any], prefi
     """MONAI's ViT carries weights that it never uses (``norm_cross_attn``, old ``cross_attn``): leave them out."""
     for name in [name for name in state_dict if name.startswith(prefix + "blocks.") and "cross_attn." in name]:
         del state_dict[name]
-
-
-# As published: of each row the 16 largest scores, iRPE on queries, keys and values, beside absolute positions.
-_SR = {
-    "rpe": {"method": "product", "mode": "contextual", "on": "qkv"},
-    "sparsity": "topk",
-    "num_keys": 16,
-    "sparse_prefix": True,
-    "num_salient": None,  # of routed attention, where it is asked for: both grow with the grid
-    "window": None,
-}
-
-
-def _vit(hidden_size: int, num_heads: int, defaults: Mapping[str, Any], arguments: dict[str, Any]) -> SRTransformer:
-    settings: dict[str, Any] = {
-        "in_channels": 3,
-        "img_size": 224,
-        "patch_size": 16,
-        "hidden_size": hidden_size,
-        "mlp_dim": 4 * hidden_size,
-        "num_layers": 12,
-        "num_heads": num_heads,
-        "qkv_bias": True,
-        "class_token": True,
-        "norm_eps": 1e-6,
-    }
-    return SRTransformer(**{**settings, **defaults, **arguments})
-
-
-def sr_vit_tiny(**kwargs: Any) -> SRTransformer:
-    """SR-Transformer of ViT-Tiny's size (width 192, 3 heads, 12 layers), patch 16; arguments override."""
-    return _vit(192, 3, _SR, kwargs)
-
-
-def sr_vit_small(**kwargs: Any) -> SRTransformer:
-    """SR-Transformer of ViT-Small's size (width 384, 6 heads, 12 layers), patch 16; arguments override."""
-    return _vit(384, 6, _SR, kwargs)
-
-
-def sr_vit_base(**kwargs: Any) -> SRTransformer:
-    """SR-Transformer of ViT-Base's size (width 768, 12 heads, 12 layers), patch 16; arguments override."""
-    return _vit(768, 12, _SR, kwargs)
-
-
-# Small views and short runs: a patch's neighbours and the salient patches, which grow with the grid.
-_STEM = {
-    "rpe": {"method": "product", "mode": "contextual", "on": "k"},
-    "sparsity": "routed",
-    "num_salient": None,
-    "window": None,
-    "patch_embedding": "stem",
-}
-
-
-def sr_vit_tiny_stem(**kwargs: Any) -> SRTransformer:
-    """`sr_vit_tiny` with a convolutional stem, of stride 16 unless ``patch_size`` says another; arguments override."""
-    return _vit(192, 3, _STEM, kwargs)
-
-
-def sr_vit_small_stem(**kwargs: Any) -> SRTransformer:
-    """`sr_vit_small` with a convolutional stem, of stride 16 unless ``patch_size`` says another; arguments override."""
-    return _vit(384, 6, _STEM, kwargs)
-
-
-def sr_vit_base_stem(**kwargs: Any) -> SRTransformer:
-    """`sr_vit_base` with a convolutional stem, of stride 16 unless ``patch_size`` says another; arguments override."""
-    return _vit(768, 12, _STEM, kwargs)
-
-
-def vit_small(**kwargs: Any) -> SRTransformer:
-    """Dense ViT-Small without iRPE, the baseline: what a plain ViT computes; arguments override."""
-    return _vit(384, 6, {}, kwargs)

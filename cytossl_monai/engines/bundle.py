@@ -78,6 +78,18 @@ def config_folder() -> Path | None:
     return next(_config_folders(Path.cwd()), None)
 
 
+def config_files() -> list[Path]:
+    """Files of the configuration that ``monai.bundle run`` is reading; none where it was not started that way."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "monai.bundle.scripts" and "config_file" in frame.f_locals:
+            files = frame.f_locals["config_file"]
+            files = files if isinstance(files, (list, tuple)) else [files]
+            return [Path(file) for file in files if isinstance(file, (str, os.PathLike))]
+        frame = frame.f_back
+    return []
+
+
 def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
     """Root folder of a bundle.
 

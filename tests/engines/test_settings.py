@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigWorkflow, create_workflow
 
 from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.engines.settings.kinds import Count, Items, Number, PathText, Switch
@@ -137,6 +137,17 @@ def test_an_overlay_is_checked_too(tmp_path: Path) -> None:
     parser = begin([PRETRAIN / "train.json", tmp_path / "mine.yaml"]).parser
     assert parser.get_parsed_content("base_lr") == 1e-3
     assert parser.get_parsed_content("steps") == 8
+
+
+def test_an_overlay_over_another_may_leave_its_keys_unused(tmp_path: Path) -> None:
+    """The small machine's recipe has keys of its transformer; a ResNet or EfficientNet laid over it replaces that."""
+    overlays = [ROOT / "configs" / name for name in ("scale/cpu.yaml", "backbone/efficientnet_lite0.yaml")]
+    check_training([PRETRAIN / "train.json", *overlays], {}, "cytossl_pretrain/train")
+    files = [str(path) for path in (PRETRAIN / "train.json", *overlays)]
+    create_workflow(config_file=files, logging_file=False, workflow_type="train", output_dir=str(tmp_path / "run"))
+    with pytest.raises((RuntimeError, InputError)) as caught:
+        create_workflow(config_file=files, logging_file=False, workflow_type="train", num_layer=4)
+    assert "unknown setting num_layer (4): did you mean num_layers?" in str(plain_cause(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any
@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigComponent, ConfigExpression
 from monai.bundle.reference_resolver import ReferenceResolver
 
-from cytossl_monai.engines.bundle import as_data, config_folder, data_of, reading_parser
+from cytossl_monai.engines.bundle import as_data, config_files, config_folder, data_of, reading_parser
 from cytossl_monai.engines.settings.kinds import Kind, PathText
 from cytossl_monai.engines.settings.tables import TABLES
 from cytossl_monai.registry import MODULE, short_names
@@ -57,16 +57,16 @@ def check_settings(bundle: str, config: str) -> None:
         return
     folder = config_folder()
     own = folder / f"{config}.json" if folder is not None else None
-    _check(parser, f"{bundle}/{config}", own, sys.argv)
+    _check(parser, f"{bundle}/{config}", own, sys.argv, _own_names(config_files()))
 
 
 def check_training(
-    config_files: Sequence[str | os.PathLike[str]], overrides: Mapping[str, Any], table: str, given: Sequence[str] = ()
+    files: Sequence[str | os.PathLike[str]], overrides: Mapping[str, Any], table: str, given: Sequence[str] = ()
 ) -> None:
     """The same check of a training that this program is about to start, before it starts.
 
     Args:
-        config_files: ``train.json`` and what is laid over it.
+        files: ``train.json`` and what is laid over it.
         overrides: values to set in it, by id.
         table: key of ``TABLES``.
         given: ids that the program sets itself: they may not be overridden.
@@ -79,25 +79,32 @@ def check_training(
         raise SettingError(f"setting {taken[0]} of overrides is set by the program itself; leave it out")
     parser = ConfigParser()
     try:
-        parser.read_config([str(path) for path in config_files])
+        parser.read_config([str(path) for path in files])
     except ValueError as error:
-        raise SettingError(f"configuration {', '.join(map(str, config_files))} cannot be read: {error}") from error
+        raise SettingError(f"configuration {', '.join(map(str, files))} cannot be read: {error}") from error
     for key, value in overrides.items():
         try:
             parser[key] = value
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise SettingError(f"unknown setting {key}: {_nearest(key, parser.config)}") from error  # type: ignore[arg-type]
-    _check(parser, table, Path(config_files[0]), (), outputs=False)
+    _check(parser, table, Path(files[0]), (), _own_names(files), outputs=False)
 
 
-def _check(parser: ConfigParser, table: str, own: Path | None, argv: Sequence[str], outputs: bool = True) -> None:
+def _check(
+    parser: ConfigParser,
+    table: str,
+    own: Path | None,
+    argv: Sequence[str],
+    overlaid: Collection[str],
+    outputs: bool = True,
+) -> None:
     kinds = TABLES[table]
     config: Any = parser.config
     if own is not None and own.is_file():
         defined = ConfigParser.load_config_file(own)
     else:  # a copy under another name: what is no plain value may be its own wiring
         defined = {key: value for key, value in config.items() if not _is_plain(value) or isinstance(value, Mapping)}
-    _check_names(config, set(kinds) | set(defined), defined)
+    _check_names(config, set(kinds) | set(defined) | set(overlaid), defined)
     _check_arguments(parser)
     values, changed = _read_plain(parser, kinds, argv)
     for key, right in changed.items():
@@ -219,6 +226,21 @@ def _strings(config: Any) -> Iterator[str]:
             yield from _strings(value)
     elif isinstance(config, str):
         yield config
+
+
+def _own_names(files: Sequence[str | os.PathLike[str]]) -> set[str]:
+    """Ids that an overlay defines and refers to itself: a later overlay may replace what they were for."""
+    names: set[str] = set()
+    for file in files:
+        if Path(file).is_file():
+            config = ConfigParser.load_config_file(file)
+            used = {name.split("::")[0] for text in _strings(config) for name in _references(text)}
+            names |= used & {str(key) for key in config}
+    return names
+
+
+def _references(text: str) -> Iterable[str]:
+    return ReferenceResolver.match_refs_pattern(ReferenceResolver.normalize_id(text))
 
 
 def _check_names(config: Mapping[str, Any], known: set[str], defined: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from cytossl_monai.data.synthetic.cells import LESION_CLASSES
 from cytossl_monai.data.synthetic.slides import SyntheticSettings, make_slide
+from cytossl_monai.data.tiles.images import cut_field
 from cytossl_monai.methods import MoCoV3
 from cytossl_monai.metrics import bootstrap_intervals
 from cytossl_monai.networks import Encoder, sr_vit_tiny
@@ -45,21 +46,21 @@ TILE, VIEW = 128, 96
 SHIFTS = 200
 
 
-def cell_tiles(folder: Path) -> Tensor:
-    """(N, 3, TILE, TILE) uint8: crops of single cells at 0.5 um per pixel, cut or padded with their own border."""
-    tiles = []
+def cell_tiles(folder: Path) -> tuple[Tensor, Tensor]:
+    """(N, 3, TILE, TILE) uint8: crops of single cells at 0.5 um per pixel, mirrored beyond their border.
+
+    And (N, 4): left, top, right and bottom of their real pixels, which views are cut from.
+    """
+    tiles, valid = [], []
     for path in sorted(folder.glob("*/*.jpg")):
         image = Image.open(path).convert("RGB")
         small = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
-        top, left = (max(0, (n - TILE) // 2) for n in pixels.shape[1:])
-        pixels = pixels[:, top : top + TILE, left : left + TILE]
-        glass = pixels.flatten(1).float().quantile(0.98, dim=1).to(torch.uint8)
-        tile = glass.view(3, 1, 1).repeat(1, TILE, TILE)
-        y, x = ((TILE - n) // 2 for n in pixels.shape[1:])
-        tile[:, y : y + pixels.shape[1], x : x + pixels.shape[2]] = pixels
-        tiles.append(tile)
-    return torch.stack(tiles)
+        width, height = small.size
+        tile = cut_field(np.array(small), width / 2, height / 2, TILE)
+        tiles.append(torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1))
+        left, top = (max(0, (TILE - side) // 2) for side in (width, height))
+        valid.append([left, top, min(TILE, left + width), min(TILE, top + height)])
+    return torch.stack(tiles), torch.tensor(valid, dtype=torch.float32)
 
 
 def synthetic_tiles(slides: int = 10, size: int = 3072) -> Tensor:
@@ -145,7 +146,7 @@ def build_encoder(seed: int) -> Encoder:
     return Encoder(sr_vit_tiny(img_size=VIEW, patch_size=16, num_layers=6), pool="mean")
 
 
-def pretrain(tiles: Tensor, ops: str | None, steps: int, batch: int, seed: int) -> Encoder:
+def pretrain(tiles: Tensor, valid: Tensor | None, ops: str | None, steps: int, batch: int, seed: int) -> Encoder:
     """MoCo v3 as ``configs/scale/demo.yaml`` sets it, for so many steps; ``ops`` None leaves NCP out."""
     encoder = build_encoder(seed)
     method = MoCoV3(encoder, hidden_dim=1024).train()
@@ -161,7 +162,8 @@ def pretrain(tiles: Tensor, ops: str | None, steps: int, batch: int, seed: int) 
         for group in optimiser.param_groups:
             group["lr"] = peak * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
         rows = torch.randint(0, len(tiles), (batch,), generator=generator)
-        loss = method(views(tiles[rows], MPP, masks[rows], generator))["loss"]
+        real = None if valid is None else valid[rows]
+        loss = method(views(tiles[rows], MPP, masks[rows], generator, valid=real))["loss"]
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -188,9 +190,15 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=200, help="how many tiles to measure on, at most")
     args = parser.parse_args()
 
-    tiles = synthetic_tiles() if args.cells is None else cell_tiles(args.cells)
+    tiles, valid = (synthetic_tiles(), None) if args.cells is None else cell_tiles(args.cells)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(tiles)))
     held_out, train = tiles[order[: len(tiles) // 4]], tiles[order[len(tiles) // 4 :]]
+    real = None if valid is None else valid[order[len(tiles) // 4 :]]
+    if valid is not None:  # measured are tiles that are real all over what is measured
+        edge = (TILE - VIEW) // 2
+        box = torch.tensor([edge, edge, TILE - edge, TILE - edge])
+        there = valid[order[: len(tiles) // 4]]
+        held_out = held_out[((there[:, :2] <= box[:2]) & (there[:, 2:] >= box[2:])).all(1)]
     probe = make_probe(held_out, args.tiles)
     print(
         f"{len(train)} tiles to train on, {len(probe.plain)} to measure on, nuclei cover {probe.area:.1%} of them; "
@@ -207,7 +215,7 @@ def main() -> None:
     ]
     for name, ops in (("without NCP", None), *((f"NCP {ops}", ops) for ops in args.ops)):
         print(f"{name}:")
-        lines.append((name, *measure(pretrain(train, ops, args.steps, args.batch, args.seed), probe)))
+        lines.append((name, *measure(pretrain(train, real, ops, args.steps, args.batch, args.seed), probe)))
     for line in lines:
         report(*line)
     without = lines[2][1]

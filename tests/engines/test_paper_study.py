@@ -7,11 +7,17 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
+from cytossl_monai.data.bags.features import read_features, write_features
+from cytossl_monai.engines.mil.cross_validate import CrossValidation
+from cytossl_monai.engines.study import paper_slides
 from cytossl_monai.engines.study.paper import PaperStudy, paired_over_seeds, paper_table, read_paper_study
+from cytossl_monai.engines.study.paper_slides import SlideRow, SlideStudy, paired_over_seeds_and_patients, slide_table
 from cytossl_monai.utils.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -82,3 +88,108 @@ def test_runs_and_goes_on(tmp_path: Path) -> None:
     before = model.stat().st_mtime_ns
     assert study.train(run).stat().st_mtime_ns == before
     assert study.evaluate(run) == rows
+
+
+def slide_rows(encoder: str, lift: float, seeds: tuple[int, ...] = (0, 1, 2)) -> list[SlideRow]:
+    """40 slides of 20 patients, half of them positive; another order of the slides each seed."""
+    rows = []
+    for seed in seeds:
+        rng = np.random.default_rng([7, seed])
+        labels = np.arange(40) // 2 % 2
+        score = 1 / (1 + np.exp(-(rng.standard_normal(40) + lift * labels)))
+        order = rng.permutation(40)
+        rows.append(
+            SlideRow(
+                encoder,
+                "abmil",
+                seed,
+                [f"s{i}" for i in order],
+                [f"p{i // 2}" for i in order],
+                labels[order],
+                np.stack([1 - score, score], 1)[order],
+                {"auc": float(roc_auc_score(labels, score)), "accuracy": 0.5, "recall": 0.25},
+            )
+        )
+    return rows
+
+
+def test_gains_are_paired_over_seeds_and_patients() -> None:
+    ours, base = slide_rows("Cyto-SSL", 2.0), slide_rows("ResNet-50", 1.0)
+    interval, pairs = paired_over_seeds_and_patients(ours, base, 400)
+    wanted = np.mean([a.figures["auc"] - b.figures["auc"] for a, b in zip(ours, base)])
+    assert pairs == 3
+    assert interval.value == pytest.approx(float(wanted))
+    assert interval.low < wanted < interval.high
+    # The naive bootstrap: patients of either class and seeds, with replacement, the same ones for both.
+    rng, draws = np.random.default_rng(5), []
+    for _ in range(400):
+        patients = [*rng.choice(range(0, 20, 2), 10), *rng.choice(range(1, 20, 2), 10)]
+        slides = [f"s{2 * p + k}" for p in patients for k in (0, 1)]
+        gains = []
+        for seed in rng.integers(0, 3, 3):
+            aucs = []
+            for row in (ours[seed], base[seed]):
+                places = [row.slides.index(s) for s in slides]
+                aucs.append(roc_auc_score(row.labels[places], row.probabilities[places, 1]))
+            gains.append(aucs[0] - aucs[1])
+        draws.append(np.mean(gains))
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.03)
+    one, pairs = paired_over_seeds_and_patients(ours[:1], base, 100)
+    assert pairs == 1
+    assert one.value == pytest.approx(ours[0].figures["auc"] - base[0].figures["auc"])
+    assert paired_over_seeds_and_patients(ours[:1], base[1:], 10)[1] == 0
+
+
+def test_the_slide_table_says_what_it_knows() -> None:
+    study = read_paper_study(ROOT / "configs/study/paper.yaml")
+    table = slide_table(study, [*slide_rows("Cyto-SSL", 2.0), *slide_rows("ResNet-50", 1.0, (0,))], 50)
+    line = next(line for line in table.splitlines() if line.startswith("| Cyto-SSL | abmil | .974"))
+    assert "/ 50.0 / 25.0 | 3 | +" in line
+    assert "one seed: of the patients alone" in line
+    assert table.count("not run") == 6 * 3 - 2 + 2 * 5 - 1
+
+
+def test_slides_are_embedded_once_and_every_cell_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "slides").mkdir(parents=True)
+    (tmp_path / "data" / "slides" / "slides.csv").write_text("slide_id,path,label,patient_id\na,a.tif,x,p\n")
+    content = read_paper_study(ROOT / "configs/study/paper.yaml")
+    images = PaperStudy(content, tmp_path / "data", tmp_path / "out", ROOT)
+    monkeypatch.setattr(images, "train", lambda run: images.folder(run) / "models" / "model.pt")
+    asked: list[dict] = []
+
+    def embed(**given: object) -> None:
+        asked.append(given)
+        if not (Path(str(given["output_dir"])) / "a.h5").is_file():
+            bag = np.arange(24, dtype=np.float32).reshape(3, 8)
+            write_features(Path(str(given["output_dir"])) / "a.h5", bag, np.zeros((3, 2), int), {"scales": 2})
+
+    def cross(config: Path, table: Path, features: Path, folder: Path, **given: object) -> CrossValidation:
+        width = read_features(features / "a.h5").features.shape[1]
+        assert width == (8 if "less" in str(given["overlays"]) else 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"slide_id": ["b", "a"], "patient_id": ["q", "p"]}).to_csv(folder / "predictions.csv")
+        p = np.array([[0.8, 0.2], [0.1, 0.9]])
+        return CrossValidation({}, p, np.array([0, 1]), ["a", "b"], np.array([0, 1]), folder / "model.pt")
+
+    study = SlideStudy(content, images, embed)
+    monkeypatch.setattr(paper_slides, "cross_validate", cross)
+    monkeypatch.setattr(study, "index", lambda: tmp_path / "index")
+    cells = list(study.cells())
+    assert cells[0] == (0, "ResNet-50", "abmil")
+    assert len(cells) == 3 * (3 * 6 + 3 * 2)
+    assert [seed for seed, *_ in cells] == sorted(seed for seed, *_ in cells)
+    row = study.row(1, "Cyto-SSL", "abmil")
+    assert row.patients == ["p", "q"]
+    assert row.figures["auc"] == 1.0
+    study.row(1, "Cyto-SSL", "less")
+    assert {str(a["encoder"]) for a in asked} == {str(tmp_path / "out" / "all" / "seed1" / "models" / "model.pt")}
+    assert asked[0]["two_scales"] is True
+    assert asked[0]["tiles_per_slide"] == 50
+    study.row(0, "ResNet-50", "abmil")
+    assert asked[-1]["weights"] == tmp_path / "data" / "weights" / "resnet50v2_stage3_imagenet.pt"
+    with pytest.raises(InputError, match="unknown nothing"):
+        list(study.cells(["nothing"]))
+    with pytest.raises(InputError, match=r"slide table .* is not there"):
+        SlideStudy(content, PaperStudy(content, tmp_path, tmp_path / "out", ROOT), embed)
+    with pytest.raises(InputError, match="must have"):
+        SlideStudy({**content, "slides": {}}, images, embed)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from cytossl_monai.data.bags.items import bag_encoder, bag_items
 from cytossl_monai.data.bags.splits import fold_numbers
+from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.engines.bundle import run_training, training_files
 from cytossl_monai.engines.mil.evaluation import write_evaluation
 from cytossl_monai.engines.mil.predict import predict_items
@@ -51,6 +52,7 @@ class CrossValidation:
         slides: (n,) slide_ids.
         folds: (n,) the fold that a slide was held out in.
         ensemble: path of the classifier that averages the folds.
+        nested: the figures of ensembles, by nested folds; None where they were not asked for.
     """
 
     intervals: dict[str, Interval]
@@ -59,6 +61,7 @@ class CrossValidation:
     slides: list[str]
     folds: np.ndarray
     ensemble: Path
+    nested: dict[str, Interval] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def cross_validate(
     n_resamples: int = 2000,
     encoder: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
+    nested: bool = False,
 ) -> CrossValidation:
     """Train k classifiers, each without one fold of the patients, and judge each slide by the one that never saw it.
 
@@ -141,6 +145,11 @@ def cross_validate(
 
     Writes to ``output_dir``: ``fold_<i>/`` (model, log, predictions), ``predictions.csv`` (pooled, out of fold),
     ``metrics.json``, ``roc.png``, ``confusion_matrix.png``, and ``model.pt``: the folds' ensemble, for inference.
+
+    These figures are those of single classifiers; the ensemble has seen every slide. With ``nested`` ensembles are
+    measured too: for each fold the others are cross-validated by themselves, and the ensemble of these k - 1
+    classifiers judges the fold, which none of them has seen. That trains k (k - 1) classifiers more, and writes the
+    same files to ``nested/``. The ensemble that ships has one member more, and each of them a fold more to learn from.
 
     Args:
         config: the bundle's ``train.json``.
@@ -157,6 +166,7 @@ def cross_validate(
         n_resamples: draws of the bootstrap.
         encoder: the encoder that the features must come from, see `open_encoder`; None takes any.
         weights: its weights, where it is a card.
+        nested: measure ensembles by nested folds; needs four folds or more.
 
     Returns:
         figures and predictions.
@@ -180,6 +190,8 @@ def cross_validate(
     numbers = sorted(set(folds.tolist()))
     if len(numbers) < 3:
         raise TableError(f"cross-validation needs at least 3 folds (test, validation, training), got {len(numbers)}")
+    if nested and len(numbers) < 4:
+        raise TableError(f"nested folds need at least 4 folds, three of them for each ensemble; got {len(numbers)}")
     settings = dict(overrides or {})
     data = {"target": target, "classes": items[0]["classes"], "n_folds": n_folds, "seed": seed}
     stamp = _stamp(files, {**settings, **data}, items, folds)
@@ -201,7 +213,67 @@ def cross_validate(
             )
         )
     with folder_lock(output_dir, "cross-validation"):
-        return _train_and_judge(jobs, items, folds, made_by, output_dir, target, n_resamples, seed, num_workers)
+        result = _train_and_judge(jobs, items, folds, made_by, output_dir, target, n_resamples, seed, num_workers)
+        if not nested:
+            return result
+        inner = {
+            "target": target,
+            "classes": items[0]["classes"],
+            "seed": seed,
+            "overlays": overlays,
+            "overrides": overrides,
+            "num_workers": num_workers,
+            "n_resamples": 1,
+        }
+        judged = _nested_probabilities(config, slides, features_dir, output_dir / "nested", items, folds, inner)
+        figures = write_evaluation(
+            output_dir / "nested",
+            result.slides,
+            [item["patient_id"] for item in items],
+            result.labels,
+            judged,
+            items[0]["classes"],
+            target,
+            n_resamples,
+            seed,
+        )
+        print(f"ensembles, by nested folds: AUC {figures['auc']}")
+        return replace(result, nested=figures)
+
+
+def _nested_probabilities(
+    config: str | os.PathLike[str],
+    slides: str | os.PathLike[str],
+    features_dir: str | os.PathLike[str],
+    folder: Path,
+    items: Sequence[dict[str, Any]],
+    folds: np.ndarray,
+    settings: Mapping[str, Any],
+) -> np.ndarray:
+    """(n, C): each slide by the ensemble of a cross-validation of the other folds alone."""
+    fold_of = {item["slide_id"]: int(fold) for item, fold in zip(items, folds)}
+    records = [record for record in read_slide_table(slides) if record.slide_id in fold_of]
+    probabilities = np.zeros((len(items), len(items[0]["classes"])))
+    for number in sorted(set(fold_of.values())):
+        own = folder / f"fold_{number}"
+        # A datalist: what a spreadsheet would run is kept as it is in it, and its folds are those of the outer run.
+        rows = [
+            {
+                **record.extra,
+                "slide_id": record.slide_id,
+                "path": str(record.path),
+                "label": record.label,
+                "patient_id": record.patient_id,
+                "fold": fold_of[record.slide_id],
+            }
+            for record in records
+            if fold_of[record.slide_id] != number
+        ]
+        write_json(own / "slides.json", rows)
+        ensemble = cross_validate(config, own / "slides.json", features_dir, own, **settings).ensemble
+        held_out = [item for item, fold in zip(items, folds) if fold == number]
+        probabilities[folds == number], _ = predict_items(load_classifier(ensemble), held_out)
+    return probabilities
 
 
 def _train_and_judge(

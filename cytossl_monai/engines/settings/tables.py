@@ -260,6 +260,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
     "cytossl_mil/cross_validate": {
         **_MANY_FOLDS,
         "n_folds": Count(low=3, high=10000),
+        "nested": Switch(),
         "n_resamples": Count(low=1, high=10**7),
     },
     "cytossl_mil/few_shot": {

@@ -25,7 +25,8 @@ def read_paper_study(path: str | os.PathLike[str], scale: str = "small") -> dict
 
     Args:
         path: the file.
-        scale: key of its section ``scales``, whose settings are laid over all others'.
+        scale: key of its section ``scales``, whose settings are laid over all others'; its own ``slides`` are laid over
+            those of the section ``slides``, of the slide-level tables, which may be absent.
 
     Raises:
         InputError: when it does not exist, a section is missing or unknown, or the scale is.
@@ -35,8 +36,8 @@ def read_paper_study(path: str | os.PathLike[str], scale: str = "small") -> dict
         raise InputError(f"study {path} does not exist; copy configs/study/paper.yaml and adapt it")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = set(content) if isinstance(content, dict) else set()
-    if found != _KEYS:
-        wrong = ", ".join(sorted(found ^ _KEYS))
+    if found - {"slides"} != _KEYS:
+        wrong = ", ".join(sorted((found - {"slides"}) ^ _KEYS))
         raise InputError(f"study {path} must have the sections {', '.join(sorted(_KEYS))}; look at {wrong}")
     if scale not in content["scales"]:
         raise InputError(f"study {path} has no scale {scale!r}; it has {', '.join(content['scales'])}")
@@ -46,6 +47,7 @@ def read_paper_study(path: str | os.PathLike[str], scale: str = "small") -> dict
         "overlays": [*content["overlays"], *chosen.get("overlays", ())],
         "settings": {**content["settings"], **(chosen.get("settings") or {})},
         "scale_arms": chosen.get("arms") or {},
+        "slides": {**(content.get("slides") or {}), **(chosen.get("slides") or {})},
     }
 
 

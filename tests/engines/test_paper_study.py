@@ -64,7 +64,7 @@ def test_arms_share_seeds_and_differ_in_their_parts_alone(tmp_path: Path) -> Non
     assert "ncp" not in both
     with pytest.raises(InputError, match="unknown nothing"):
         study.runs(["nothing"])
-    with pytest.raises(InputError, match="no scale 'huge'; it has small, full"):
+    with pytest.raises(InputError, match="no scale 'huge'; it has small, tiny, full"):
         read_paper_study(ROOT / "configs/study/paper.yaml", "huge")
 
 

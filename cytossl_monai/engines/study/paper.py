@@ -25,8 +25,9 @@ def read_paper_study(path: str | os.PathLike[str], scale: str = "small") -> dict
 
     Args:
         path: the file.
-        scale: key of its section ``scales``, whose settings are laid over all others'; its own ``slides`` are laid over
-            those of the section ``slides``, of the slide-level tables, which may be absent.
+        scale: key of its section ``scales``, whose settings are laid over all others'; it may name some of the
+            ``tasks`` alone. Its own ``slides`` are laid over those of the section ``slides``, of the slide-level
+            tables, which may be absent.
 
     Raises:
         InputError: when it does not exist, a section is missing or unknown, or the scale is.
@@ -42,8 +43,10 @@ def read_paper_study(path: str | os.PathLike[str], scale: str = "small") -> dict
     if scale not in content["scales"]:
         raise InputError(f"study {path} has no scale {scale!r}; it has {', '.join(content['scales'])}")
     chosen = content["scales"][scale] or {}
+    tasks = chosen.get("tasks") or list(content["tasks"])
     return {
         **content,
+        "tasks": {name: task for name, task in content["tasks"].items() if name in tasks},
         "overlays": [*content["overlays"], *chosen.get("overlays", ())],
         "settings": {**content["settings"], **(chosen.get("settings") or {})},
         "scale_arms": chosen.get("arms") or {},

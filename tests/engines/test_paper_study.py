@@ -122,7 +122,7 @@ def test_gains_are_paired_over_seeds_and_patients() -> None:
     assert interval.low < wanted < interval.high
     # The naive bootstrap: patients of either class and seeds, with replacement, the same ones for both.
     rng, draws = np.random.default_rng(5), []
-    for _ in range(400):
+    for _ in range(150):
         patients = [*rng.choice(range(0, 20, 2), 10), *rng.choice(range(1, 20, 2), 10)]
         slides = [f"s{2 * p + k}" for p in patients for k in (0, 1)]
         gains = []
@@ -133,7 +133,7 @@ def test_gains_are_paired_over_seeds_and_patients() -> None:
                 aucs.append(roc_auc_score(row.labels[places], row.probabilities[places, 1]))
             gains.append(aucs[0] - aucs[1])
         draws.append(np.mean(gains))
-    assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.03)
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.05)
     one, pairs = paired_over_seeds_and_patients(ours[:1], base, 100)
     assert pairs == 1
     assert one.value == pytest.approx(ours[0].figures["auc"] - base[0].figures["auc"])

@@ -72,10 +72,10 @@ class PredictionWriter:
         served = None
         if "problem" not in item:
             served = self._agreed(item, np.asarray(probabilities, np.float64).reshape(-1))
-        told: dict[str, Any] = self.evidence(item)["told"]
-        told["deploy"] = {"model": str(self.model), "sha256": self._model_hash, "probabilities": served}
-        write_json(self.output_dir / item["slide_id"] / "prediction.json", told)
-        return told
+        answer: dict[str, Any] = self.evidence(item)["answer"]
+        answer["deploy"] = {"model": str(self.model), "sha256": self._model_hash, "probabilities": served}
+        write_json(self.output_dir / item["slide_id"] / "prediction.json", answer)
+        return answer
 
     def _agreed(self, item: Mapping[str, Any], served: np.ndarray) -> dict[str, float]:
         classifier = self.evidence.classifier

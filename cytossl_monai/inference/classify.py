@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cytossl_monai.networks.describe import describe_classifier
 from cytossl_monai.networks.files import load_classifier, require_trained
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.targets import decide
@@ -140,7 +141,7 @@ class SlideClassifier:
     def versions(self) -> list[dict[str, Any]]:
         """File, method and encoder of each member, for the record."""
         return [
-            {"file": str(file), "method": type(member.network).__name__, "encoder": member.encoder}
+            {"file": str(file), "method": describe_classifier(member.network), "encoder": member.encoder}
             for file, member in zip(self.files, self.members)
         ]
 

@@ -23,6 +23,7 @@ from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference.classify import SlideClassifier, SlidePrediction
 from cytossl_monai.inference.embed import index_hash
+from cytossl_monai.networks.describe import describe_network
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash_0_1
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
 from cytossl_monai.utils.files import atomic_path, file_fingerprint, write_json
@@ -32,7 +33,7 @@ from cytossl_monai.visualize.geojson import feature_collection, write_geojson
 from cytossl_monai.visualize.heatmap import TileMap, tile_map, write_heatmap_tiff
 from cytossl_monai.visualize.nifti import write_nifti
 from cytossl_monai.visualize.overlay import draw_overlay
-from cytossl_monai.visualize.report_page import NOTICE, SlideReport, write_preview, write_report
+from cytossl_monai.visualize.report_page import NOTICE, SlideReport, kind_of, write_preview, write_report
 
 __all__ = ["EVIDENCE", "USUAL", "VERSION", "SlideEvidence"]
 
@@ -117,7 +118,10 @@ class SlideEvidence(Transform):
             "name": str(meta.get("name") or Path(getattr(encoder, "source", "encoder")).stem),
             "hash": encoder_hash,
             "file": getattr(encoder, "source", None),
+            "architecture": describe_network(getattr(encoder, "network", encoder)),
         }
+        if meta.get("method"):
+            self.encoder["method"] = str(meta["method"])
         if meta.get("license"):
             self.encoder["license"] = str(meta["license"])
         if meta.get("commercial") is False:
@@ -147,14 +151,14 @@ class SlideEvidence(Transform):
         """A message where the slide's folder is whole and made from the same things, else None."""
         folder = self.output_dir / item["slide_id"]
         try:
-            told = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
+            answer = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if not isinstance(told, dict) or told.get("made_from") != self.identity(item):
+        if not isinstance(answer, dict) or answer.get("made_from") != self.identity(item):
             return None
         if not all((folder / EVIDENCE[name]).is_file() for name in self.files):
             return None
-        return _message(told)
+        return _message(answer)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Classify one slide and write its files.
@@ -163,7 +167,7 @@ class SlideEvidence(Transform):
             data: item with ``record``, ``index``, ``features``, ``encoder``; or with ``problem``.
 
         Returns:
-            the item with ``prediction`` (`SlidePrediction`; absent without cells), ``told`` (the content of
+            the item with ``prediction`` (`SlidePrediction`; absent without cells), ``answer`` (the content of
             prediction.json) and ``message``.
 
         Raises:
@@ -179,11 +183,11 @@ class SlideEvidence(Transform):
         (folder / "prediction.json").unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         if status == "empty":
-            told = self._write_empty(folder, item, why)
+            answer = self._write_empty(folder, item, why)
         else:
-            told = self._write_found(folder, item)
-        write_json(folder / "prediction.json", told)
-        item["told"], item["message"] = told, _message(told)
+            answer = self._write_found(folder, item)
+        write_json(folder / "prediction.json", answer)
+        item["answer"], item["message"] = answer, _message(answer)
         return item
 
     # -- a slide with cells ---------------------------------------------------------------------------------------
@@ -204,14 +208,14 @@ class SlideEvidence(Transform):
         with open_slide(record.path, mpp=record.mpp, local=record.local) as slide:
             size = int(index.table["size"].iloc[0])
             heat = tile_map(index.coords, prediction.shown, size, slide.width, slide.height, slide.mpp)
-            told = {**self._facts(item, slide, index), **self._answer(prediction)}
+            answer = {**self._facts(item, slide, index), **self._answer(prediction)}
             pictured = self._wants("gallery", "report", "geojson")
             tiles = read_gallery(slide, index, prediction.attention, prediction.score, top) if pictured else []
             thumbnail = slide.thumbnail(self.overview_size) if self._wants("overlay", "report") else None
-            self._write(folder, item, told, heat, tiles, thumbnail, order)
+            self._write(folder, item, answer, heat, tiles, thumbnail, order)
             if self._wants("heads"):
                 self._draw_heads(folder / EVIDENCE["heads"], slide, index, order[:_HEAD_TILES])
-        return told
+        return answer
 
     def _draw_heads(self, path: Path, slide: Slide, index: TileIndex, rows: np.ndarray) -> None:
         """The leading tiles, and what the first three heads of the encoder's last layer look at there."""
@@ -228,7 +232,7 @@ class SlideEvidence(Transform):
         self,
         folder: Path,
         item: Mapping[str, Any],
-        told: dict[str, Any],
+        answer: dict[str, Any],
         heat: TileMap,
         tiles: Sequence[GalleryTile],
         thumbnail: np.ndarray | None,
@@ -261,16 +265,16 @@ class SlideEvidence(Transform):
                 measurements,
                 order[: len(tiles)],
                 tiles,
-                (told["slide"]["bounds_offset"][0], told["slide"]["bounds_offset"][1]),
+                (answer["slide"]["bounds_offset"][0], answer["slide"]["bounds_offset"][1]),
                 cells=index.meta.get("instances") == "nuclei",
             )
             write_geojson(folder / EVIDENCE["geojson"], collection)
         if self._wants("gallery"):
-            draw_gallery(folder / EVIDENCE["gallery"], tiles, title)
+            draw_gallery(folder / EVIDENCE["gallery"], tiles, title, kind=kind_of(answer))
         if thumbnail is not None and self._wants("overlay"):
             draw_overlay(folder / EVIDENCE["overlay"], thumbnail, heat, title, "attention x suspicion")
         if thumbnail is not None and self._wants("report"):
-            report = SlideReport(told, thumbnail, heat, tiles, prediction.score, self._links())
+            report = SlideReport(answer, thumbnail, heat, tiles, prediction.score, self._links())
             write_report(folder / EVIDENCE["report"], report)
             write_preview(folder / _PREVIEW, report)
 
@@ -284,7 +288,7 @@ class SlideEvidence(Transform):
         for name in EVIDENCE.values():
             (folder / name).unlink(missing_ok=True)
         with open_slide(record.path, mpp=record.mpp, local=record.local) as slide:
-            told = {
+            answer = {
                 **self._facts(item, slide, None),
                 "status": "no_cells",
                 "label": None,
@@ -293,10 +297,10 @@ class SlideEvidence(Transform):
                 "reason": why,
             }
             if self._wants("report"):
-                report = SlideReport(told, slide.thumbnail(self.overview_size))
+                report = SlideReport(answer, slide.thumbnail(self.overview_size))
                 write_report(folder / EVIDENCE["report"], report)
                 write_preview(folder / _PREVIEW, report)
-        return told
+        return answer
 
     # -- what prediction.json says --------------------------------------------------------------------------------
 
@@ -365,8 +369,8 @@ def _write_tiles(path: Path, index: TileIndex, prediction: SlidePrediction, orde
     return path
 
 
-def _message(told: Mapping[str, Any]) -> str:
-    if told.get("label") is None:
+def _message(answer: Mapping[str, Any]) -> str:
+    if answer.get("label") is None:
         return "no cells found"
-    kind = "cells" if told["tiles"]["instances"] == "nuclei" else "tiles"
-    return f"{told['label']}, suspicion {told['suspicion']:.3f}, {told['tiles']['count']} {kind}"
+    count = f"{answer['tiles']['count']} {kind_of(answer)}s"
+    return f"{answer['label']}, suspicion {answer['suspicion']:.3f}, {count}"

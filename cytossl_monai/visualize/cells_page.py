@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
 import os
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from PIL import Image
 
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.utils.files import write_text
-from cytossl_monai.visualize.report_page import NOTICE, asset, page
+from cytossl_monai.visualize.page import json_data, render
 
 __all__ = ["compact_features", "write_cells_page"]
 
@@ -75,27 +73,20 @@ def write_cells_page(
         "features": base64.b64encode(compact.tobytes()).decode(),
         "places": places.tolist(),
     }
-    styles = "".join(
-        f'.s{i}{{background-image:url("data:image/jpeg;base64,{base64.b64encode(sheet).decode()}")}}'
-        for i, sheet in enumerate(sheets)
+    page = render(
+        "cells.html",
+        ("common.css", "cells.css"),
+        ("cells.js",),
+        title=f"{slide_id} - cells",
+        slide_id=slide_id,
+        side=side,
+        sheets=[f"data:image/jpeg;base64,{base64.b64encode(sheet).decode()}" for sheet in sheets],
+        number=number,
+        micrometres=side * fields.mpp,
+        encoder_name=encoder_name,
+        content=json_data(content),
     )
-    micrometres = side * fields.mpp
-    title = html.escape(slide_id, quote=True)
-    said = f"{number:,} cells, {micrometres:.0f} um across each"
-    if encoder_name:
-        said += f" &middot; encoder {html.escape(encoder_name, quote=True)}"
-    data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    body = (
-        f"<style>.cell{{width:{side}px;height:{side}px}}{styles}</style>"
-        f'<header class="page"><h1>Cells of {title}</h1><p class="soft small" style="margin:4px 0 0">{said}</p>'
-        f'<p class="notice" role="note">{html.escape(NOTICE, quote=True)}</p>'
-        '<div class="tools"><input id="place" type="search" placeholder="Go to x, y (level-0 pixels)" '
-        'aria-label="Find the cell nearest to a place"><button id="reset" type="button">Order of the slide</button>'
-        '<span class="soft small" id="said">Click a cell: those most like it come first.</span></div></header>'
-        '<main><div class="cells" id="cells"></div></main>'
-        f'<script type="application/json" id="content">{data}</script>'
-    )
-    write_text(path, page(f"{slide_id} - cells", body, ("common.css", "cells.css"), [asset("cells.js")]))
+    write_text(path, page)
     return Path(path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import html
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from urllib.parse import quote
 
 from cytossl_monai.utils.files import write_text
-from cytossl_monai.visualize.report_page import NOTICE, asset, level_of, page
+from cytossl_monai.visualize.page import render
+from cytossl_monai.visualize.report_page import kind_of
 
 __all__ = ["write_cohort_page"]
 
@@ -38,62 +38,42 @@ def write_cohort_page(
     path = Path(path)
     predicted = sorted((a for a in answers if a["label"] is not None), key=lambda a: (-a["suspicion"], a["slide_id"]))
     empty = sorted((a for a in answers if a["label"] is None), key=lambda a: str(a["slide_id"]))
-    rows = "".join(_row(answer, place, path.parent, report, preview) for place, answer in enumerate(predicted, 1))
-    left = "".join(
-        f'<li><a href="{_link(a["slide_id"], report)}">{_text(a["slide_id"])}</a>: no cells found, no prediction. '
-        f"{_text(a['reason'])}</li>"
-        for a in empty
-    ) + "".join(f"<li><b>{_text(name)}</b>: failed. {_text(why)}</li>" for name, why in sorted((failed or {}).items()))
-    tools = (
-        '<div class="tools"><input id="filter" type="search" placeholder="Find a slide, patient or class" '
-        'aria-label="Find a slide"><label class="small">order <select id="order"><option value="suspicion">by suspicion'
-        '</option><option value="name">by name</option></select></label>'
-        f'<span class="soft small" id="count">{len(predicted)} slides</span></div>'
-        if predicted
-        else ""
+    left_out = [
+        {
+            "name": answer["slide_id"],
+            "link": _link(answer["slide_id"], report),
+            "why": f"no cells found, no prediction. {answer['reason']}",
+        }
+        for answer in empty
+    ]
+    left_out += [{"name": name, "link": "", "why": f"failed. {why}"} for name, why in sorted((failed or {}).items())]
+    page = render(
+        "index.html",
+        ("common.css", "index.css"),
+        ("index.js",),
+        "'self' file:",
+        title="Slides by suspicion",
+        today=datetime.date.today().isoformat(),
+        count=len(predicted) + len(left_out),
+        rows=[_row(answer, path.parent, report, preview) for answer in predicted],
+        left_out=left_out,
     )
-    attention = (
-        f'<section class="card left"><h2>Look at these yourself: {len(empty) + len(failed or {})}</h2>'
-        f'<p class="soft small">They have no prediction.</p><ul class="small">{left}</ul></section>'
-        if left
-        else ""
-    )
-    today = datetime.date.today().isoformat()
-    listed = f'<ol class="slides">{rows}</ol>' if rows else '<p class="card">No slide has a prediction.</p>'
-    body = (
-        f'<header class="page"><h1>{len(predicted) + len(empty) + len(failed or {})} slides</h1>'
-        f'<p class="soft small" style="margin:4px 0 0">Most suspicious first &middot; {today}</p>'
-        f'<p class="notice" role="note">{_text(NOTICE)}</p>{tools}</header>'
-        f"<main>{listed}{attention}</main>"
-        f'<footer class="page soft small"><p>{_text(NOTICE)}</p></footer>'
-    )
-    write_text(
-        path, page("Slides by suspicion", body, ("common.css", "index.css"), [asset("index.js")], "'self' file:")
-    )
+    write_text(path, page)
     return path
 
 
-def _row(answer: Mapping[str, Any], place: int, folder: Path, report: str, preview: str) -> str:
-    name, suspicion = str(answer["slide_id"]), float(answer["suspicion"])
-    patient = str(answer["patient_id"])
-    who = f"patient {_text(patient)} &middot; " if patient != name else ""
-    strip = f'<img src="{_link(name, preview)}" alt="" loading="lazy">' if (folder / name / preview).is_file() else ""
-    searched = _text(f"{name} {patient} {answer['label']}".lower())
-    return (
-        f'<li data-suspicion="{suspicion:.6f}" data-name="{_text(name)}" data-text="{searched}">'
-        f'<a href="{_link(name, report)}"><span class="place number">{place}</span>'
-        f'<span><span class="name">{_text(name)}</span><br><span class="soft small">{who}'
-        f"{answer['tiles']['count']:,} tiles, {answer['tiles']['nuclei']:,} nuclei</span></span>"
-        f'<span class="answer"><span class="value"><b>{_text(answer["label"])}</b>'
-        f'<span class="number">suspicion {suspicion:.2f}</span></span>'
-        f'<span class="meter {level_of(suspicion)}" style="display:block"><i style="width:{suspicion:.1%}"></i></span>'
-        f'</span><span class="strip">{strip}</span></a></li>'
-    )
+def _row(answer: Mapping[str, Any], folder: Path, report: str, preview: str) -> dict[str, Any]:
+    name, tiles = str(answer["slide_id"]), answer["tiles"]
+    return {
+        "name": name,
+        "patient": str(answer["patient_id"]),
+        "label": str(answer["label"]),
+        "suspicion": float(answer["suspicion"]),
+        "size": f"{tiles['count']:,} {kind_of(answer)}s, {tiles['nuclei']:,} nuclei",
+        "link": _link(name, report),
+        "preview": _link(name, preview) if (folder / name / preview).is_file() else "",
+    }
 
 
 def _link(slide_id: str, name: str) -> str:
-    return _text(f"{quote(slide_id)}/{name}")
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return f"{quote(slide_id)}/{name}"

@@ -95,10 +95,10 @@ def read_gallery(
     images = np.asarray(slide.read_regions(index.coords[rows], side, mpp, damaged="glass"))
     tiles = []
     for image, row in zip(images, rows):
-        found = segment_instances(image, mpp)
+        nuclei = segment_instances(image, mpp)
         x, y = (int(v) for v in index.coords[row])
-        told = float(attention[row] * len(index)), float(score[row])
-        tiles.append(GalleryTile(image, mpp, found.labels, found.table, x, y, size, *told))
+        relative = float(attention[row] * len(index))
+        tiles.append(GalleryTile(image, mpp, nuclei.labels, nuclei.table, x, y, size, relative, float(score[row])))
     return tiles
 
 
@@ -119,7 +119,12 @@ def outline_nuclei(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def draw_gallery(
-    path: str | os.PathLike[str], tiles: Sequence[GalleryTile], title: str, columns: int = 5, side: int = 256
+    path: str | os.PathLike[str],
+    tiles: Sequence[GalleryTile],
+    title: str,
+    columns: int = 5,
+    side: int = 256,
+    kind: str = "tile",
 ) -> Path:
     """Draw the gallery.
 
@@ -129,20 +134,21 @@ def draw_gallery(
         title: line above.
         columns: tiles in a row.
         side: of a tile, pixels of the picture.
+        kind: what the bag is made of, ``tile`` or ``cell``.
 
     Returns:
         the path written.
     """
     path = Path(path)
     font, small = ImageFont.load_default(20), ImageFont.load_default(14)
-    gap, caption, head, foot = 14, 24, 76, 40
+    gap, caption, head, foot = 14, 42, 76, 40
     columns = max(2, min(columns, len(tiles)))
     rows = max(1, -(-len(tiles) // columns))
     size = (columns * (side + gap) + gap, head + rows * (side + caption + gap) + foot)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((gap, 14), title, _INK, font)
-    draw.text((gap, 44), "Leading tiles, strongest first. Research use only, not for diagnosis.", _FAINT, small)
+    draw.text((gap, 44), f"Leading {kind}s, strongest first. Research use only, not for diagnosis.", _FAINT, small)
     if not tiles:
         draw.text((gap, head + 20), "no cells found", _INK, font)
     for rank, tile in enumerate(tiles):
@@ -150,9 +156,10 @@ def draw_gallery(
         y = head + rank // columns * (side + caption + gap)
         picture = Image.fromarray(np.ascontiguousarray(outline_nuclei(tile.image, tile.labels).transpose(1, 2, 0)))
         canvas.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + side + 4), f"{rank + 1}", _INK, small)
-        told = f"suspicion {tile.score:.2f}   attention {tile.attention:.1f}x"
-        draw.text((x + side - draw.textlength(told, font=small), y + side + 4), told, _FAINT, small)
+        figures = f"suspicion {tile.score:.2f}   attention {tile.attention:.1f}x"
+        draw.text((x, y + side + 4), f"{kind} {rank + 1}", _INK, small)
+        draw.text((x + side - draw.textlength(figures, font=small), y + side + 4), figures, _FAINT, small)
+        draw.text((x, y + side + 21), f"x {tile.x}, y {tile.y}", _FAINT, small)
     if tiles:
         um_per_pixel = tiles[0].image.shape[-1] * tiles[0].mpp / side
         length = nice_length(side * um_per_pixel / 3)

@@ -133,7 +133,7 @@ def test_report_without_cells_names_no_class(tmp_path):
 
 
 def test_cohort_page_is_sorted_by_suspicion_and_names_who_is_missing(tmp_path):
-    answers = [slide_report(name, p).told for name, p in (("mid", 0.5), ("top & <high>", 0.9), ("low", 0.1))]
+    answers = [slide_report(name, p).answer for name, p in (("mid", 0.5), ("top & <high>", 0.9), ("low", 0.1))]
     (tmp_path / "mid").mkdir()
     write_preview(tmp_path / "mid" / "preview.jpg", slide_report("mid", 0.5))
     path = write_cohort_page(tmp_path / "index.html", [*answers, empty_answer()], {"torn": "torn.svs is truncated"})
@@ -163,7 +163,7 @@ def test_choice_of_a_tile_by_link_and_pages_without_predictions(tmp_path):
     dom, _ = chromium_dom(path, tmp_path / "profile", "800,600", "#tile-2")
     assert "Tile 2: suspicion" in dom
     empty = write_report(tmp_path / "empty.html", SlideReport(empty_answer(), np.full((3, 40, 60), 240, np.uint8)))
-    cohort = write_cohort_page(tmp_path / "index.html", [slide_report("s").told, empty_answer()])
+    cohort = write_cohort_page(tmp_path / "index.html", [slide_report("s").answer, empty_answer()])
     for page in (empty, cohort):
         dom, log = chromium_dom(page, tmp_path / "profile", "800,600")
         assert 'data-ready="true"' in dom

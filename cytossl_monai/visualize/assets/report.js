@@ -12,9 +12,11 @@
   const where = document.getElementById("where");
   const context = canvas.getContext("2d");
   const buttons = [...document.querySelectorAll("button.tile")];
+  const kind = document.getElementById("gallery").dataset.kind;
+  const kindName = kind[0].toUpperCase() + kind.slice(1);
   const tiles = content.tiles.map((tile, i) => ({ ...tile, image: buttons[i].querySelector("img"), path: null }));
   const state = { scale: 1, x: 0, y: 0, heat: true, marks: true, nuclei: true, strength: 0.75, chosen: -1 };
-  let width = 0, height = 0, ratio = 1, waiting = false;
+  let width = 0, height = 0, ratio = 1, waiting = false, printing = false;
 
   // scale: CSS pixels per level-0 pixel; x, y: the level-0 point in the canvas' corner.
   const fitScale = () => Math.min(width / content.width, height / content.height);
@@ -51,8 +53,11 @@
     state.scale = Math.min(largest(), 0.6 * Math.min(width, height) / tile.size);
     state.x = tile.x + tile.size / 2 - width / state.scale / 2;
     state.y = tile.y + tile.size / 2 - height / state.scale / 2;
-    buttons.forEach((button, k) => button.classList.toggle("chosen", k === i));
-    where.textContent = `Tile ${i + 1}: suspicion ${tile.score.toFixed(2)}, attention ${tile.attention.toFixed(1)} times the mean, ` +
+    buttons.forEach((button, k) => {
+      button.classList.toggle("chosen", k === i);
+      button.setAttribute("aria-pressed", String(k === i));
+    });
+    where.textContent = `${kindName} ${i + 1}: suspicion ${tile.score.toFixed(2)}, attention ${tile.attention.toFixed(1)} times the mean, ` +
       `at x ${tile.x}, y ${tile.y}`;
     redraw();
   }
@@ -69,7 +74,7 @@
     const at = (x, y) => [(x - state.x) * s, (y - state.y) * s];
     canvas.classList.toggle("zoomed", s > fitScale() * 1.05);
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.fillStyle = "#eef1f4";
+    context.fillStyle = printing ? "#eef1f4" : getComputedStyle(root).getPropertyValue("--glass");
     context.fillRect(0, 0, width, height);
     context.imageSmoothingEnabled = true;
     context.imageSmoothingQuality = "high";
@@ -228,8 +233,13 @@
   });
   buttons.forEach((button, i) => button.addEventListener("click", () => {
     show(i);
-    canvas.scrollIntoView({ block: "center", behavior: "smooth" });
+    const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    canvas.scrollIntoView({ block: "center", behavior: still ? "auto" : "smooth" });
   }));
+
+  window.addEventListener("beforeprint", () => { printing = true; draw(); });
+  window.addEventListener("afterprint", () => { printing = false; draw(); });
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
   // The choice of a tile is also a link: report.html#tile-3.
   const linked = /^#tile-(\d+)$/.exec(location.hash);

@@ -115,3 +115,16 @@ def test_lora_on_a_published_vit(repo_root: Path, cohort: Any, tmp_path: Path) -
     change = own["blocks.0.attn.qkv.weight"] - published["blocks.0.attn.qkv.weight"]
     assert 0 < int(torch.linalg.matrix_rank(change, atol=1e-6)) <= 2
     assert torch.equal(own["blocks.0.mlp.linear1.weight"], published["blocks.0.mlp.linear1.weight"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pretraining_by_known_nuclei_looks_for_none(
+    repo_root: Path, cohort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's recipe with the index's own nuclei: through every part of ``train.json``."""
+    monkeypatch.setattr("cytossl_monai.transforms.nuclei.mask.nuclei_mask", lambda *_: pytest.fail("nuclei are known"))
+    data = {"index_dir": str(cohort.index), "output_dir": str(tmp_path / "out"), "nuclei_source": "index"}
+    settings = {"views#n_local": 0, "prototypes": 16, "head_hidden_dim": 16, "backbone#num_layers": 1}
+    pretrain(repo_root, [], data, **settings, **{"backbone#num_keys": 3})
+    assert (tmp_path / "out" / "models" / "model.pt").is_file()
+    assert len(list((cohort.index / "outlines").glob("*.parquet"))) == len(list(cohort.index.glob("*.parquet")))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from cytossl_monai.data.bags.features import read_features, write_features
+from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.engines.mil.cross_validate import CrossValidation
 from cytossl_monai.engines.study import paper_slides
 from cytossl_monai.engines.study.paper import PaperStudy, paired_over_seeds, paper_table, read_paper_study
@@ -193,3 +197,39 @@ def test_slides_are_embedded_once_and_every_cell_goes_on(tmp_path: Path, monkeyp
         SlideStudy(content, PaperStudy(content, tmp_path, tmp_path / "out", ROOT), embed)
     with pytest.raises(InputError, match="must have"):
         SlideStudy({**content, "slides": {}}, images, embed)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_makes_the_slide_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up slides, two arms of two steps, two methods: trained, indexed, embedded, cross-validated, and again."""
+    for index in range(12):
+        folder = tmp_path / "data" / "cells" / ("a" if index % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((96, 96, 3), 60 + 10 * index, np.uint8)).save(folder / f"{index}.png")
+    make_slides(tmp_path / "data" / "slides", 8, 768, seed=5, blur=0, density=900.0, progress=False)
+    content = yaml.safe_load((ROOT / "configs/study/paper.yaml").read_text())
+    content["seeds"] = [0]
+    tiny = content["scales"]["tiny"]
+    tiny["settings"] |= {"steps": 2, "epoch_length": 2, "batch_size": 4, "backbone#num_layers": 1}
+    tiny["slides"] |= {"folds": 3, "tiles_per_slide": 5, "mil": {"epochs": 1, "min_epochs": 1, "device": "cpu"}}
+    rows = {"DINO": ["a", "b"], "Cyto-SSL": ["c", "d"]}
+    content["slides"]["tables"] = {"Table 2": {"base": "DINO", "methods": ["abmil", "less"], "rows": rows}}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(content))
+    spec = importlib.util.spec_from_file_location("paper_command", ROOT / "scripts/study/paper.py")
+    assert spec is not None
+    assert spec.loader is not None
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    words = ["x", "--config", str(tmp_path / "paper.yaml"), "--data", str(tmp_path / "data"), "--scale", "tiny"]
+    monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / "out"), "--slides", "--device", "cpu"])
+    command.main()
+    table = (tmp_path / "out" / "slides.md").read_text()
+    assert "not run" not in table
+    assert table.count("one seed: of the patients alone") == 2
+    assert len(pd.read_csv(tmp_path / "out" / "slides.csv")) == 4
+    models = sorted((tmp_path / "out" / "slides" / "mil").rglob("model.pt"))
+    before = [path.stat().st_mtime_ns for path in models if path.parent.name.startswith("fold")]
+    command.main()
+    assert (tmp_path / "out" / "slides.md").read_text() == table
+    assert [path.stat().st_mtime_ns for path in models if path.parent.name.startswith("fold")] == before

@@ -13,6 +13,7 @@ every run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from cytossl_monai.engines.study.paper import PaperStudy, paper_table, read_pape
 from cytossl_monai.engines.study.paper_slides import SlideRow, SlideStudy, slide_table
 from cytossl_monai.inference import FeatureEmbedder
 from cytossl_monai.networks import load_encoder
+from cytossl_monai.networks.files import build_encoder
 from cytossl_monai.transforms import nuclei_mask
 from cytossl_monai.utils import InputError
-from cytossl_monai.utils.files import write_text
+from cytossl_monai.utils.files import read_torch, write_text
 from cytossl_monai.visualize import class_attention, draw_attention_heads, head_masses, tissue_parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,15 +39,22 @@ def draw(study: PaperStudy, path: Path, plain: str, ours: str, count: int) -> No
     """Figure 3 of two arms' first seed on tiles of each task; the heads' masses go beside it as CSV and are printed.
 
     A head's mass on a part of the tile is the share of its attention that lies there; its gain is that over the part's
-    share of the area: 1 is a head that looks everywhere alike. Means over some 256 of a task's images, each alike.
+    share of the area: 1 is a head that looks everywhere alike. Means over some 256 of a task's images, each
+    alike; beside each arm the same network with random weights.
     """
     rows = []
     for task in study.tasks:
         chosen = np.linspace(0, len(task.images) - 1, count).astype(int)
         attentions = {}
-        for arm in (plain, ours):
-            encoder, _ = load_encoder(study.folder(study.runs([arm])[0]) / "models" / "model.pt")
-            attentions[arm] = class_attention(encoder, task.images[chosen]).numpy()
+        for arm, trained in itertools.product((plain, ours), (True, False)):
+            model = study.folder(study.runs([arm])[0]) / "models" / "model.pt"
+            encoder, _ = load_encoder(model)
+            if trained:
+                attentions[arm] = class_attention(encoder, task.images[chosen]).numpy()
+            else:  # what the architecture alone does: few keys are never looked at alike
+                torch.manual_seed(0)
+                encoder = build_encoder(read_torch(model, "an encoder")).eval()
+            named = arm if trained else f"{arm}, random weights"
             masses: dict[str, list[torch.Tensor]] = {}
             for tiles in task.images[:: max(1, len(task.images) // 256)].split(32):
                 parts = tissue_parts(tiles / 255, nuclei_mask(tiles, task.mpp))
@@ -54,9 +63,9 @@ def draw(study: PaperStudy, path: Path, plain: str, ours: str, count: int) -> No
             for name, found in masses.items():
                 means = torch.cat(found).nanmean(0).tolist()
                 rows.append(
-                    {"task": task.name, "arm": arm, "figure": name, **{f"head {i}": v for i, v in enumerate(means)}}
+                    {"task": task.name, "arm": named, "figure": name, **{f"head {i}": v for i, v in enumerate(means)}}
                 )
-                print(f"{task.name:6s} {arm:8s} {name:16s} " + " ".join(f"{v:.2f}" for v in means))
+                print(f"{task.name:6s} {named:22s} {name:16s} " + " ".join(f"{v:.2f}" for v in means))
         heads = range(min(3, next(iter(attentions.values())).shape[1]))
         picture = path.with_name(f"{path.stem}_{task.name}{path.suffix}")
         draw_attention_heads(picture, task.images[chosen].numpy(), attentions, list(heads))

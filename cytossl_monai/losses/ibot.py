@@ -53,5 +53,5 @@ class IBOTPatchLoss(nn.Module):
         log_probabilities = F.log_softmax(widen(student) / self.student_temperature, dim=-1)
         losses = -(targets.detach() * log_probabilities).sum(-1)
         per_image = mask.sum(1, keepdim=True).clamp_min(1)
-        weights = (1.0 / per_image.to(losses.dtype)).expand(mask.shape)[mask]
+        weights = (1.0 / per_image.to(losses.dtype)).squeeze(1)[mask.nonzero()[:, 0]]
         return (losses * weights).sum() / mask.shape[0]

@@ -67,8 +67,9 @@ class MaskedPixelLoss(nn.Module):
                 f"predictions and patches must both be (B, N, V) and mask (B, N), got {tuple(predictions.shape)}, "
                 f"{tuple(patches.shape)} and {tuple(mask.shape)}"
             )
-        targets = widen(patches)[mask]
+        hidden = mask.nonzero(as_tuple=True)  # once: a GPU is waited for each time that a mask is an index
+        targets = widen(patches)[hidden]
         if self.normalise:
             variance, mean = torch.var_mean(targets, dim=-1, keepdim=True)
             targets = (targets - mean) / (variance + self.eps).sqrt()
-        return (widen(predictions)[mask] - targets).square().mean()
+        return (widen(predictions)[hidden] - targets).square().mean()

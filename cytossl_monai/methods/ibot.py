@@ -146,10 +146,11 @@ class IBOT(SelfDistillation):
             if getattr(self.student.network, "drop_background", None) is not None:
                 # Blank glass that was not encoded comes back as zeros: nothing to learn there.
                 mask = mask & seen_patches.any(-1)
-            targets, patch_targets = self._targets(seen, seen_patches[mask])
+            hidden = mask.nonzero(as_tuple=True)  # once: a GPU is waited for each time that a mask is an index
+            targets, patch_targets = self._targets(seen, seen_patches[hidden])
         tokens, patches = self.student.forward_tokens(images, mask=mask, mask_token=self.mask_token)
         runs = [self.student.forward_tokens(torch.cat(run))[0] for run in self.runs(views.get("local", ()))]
-        logits, patch_logits = self._heads(torch.cat([tokens, *runs]), patches[mask])
+        logits, patch_logits = self._heads(torch.cat([tokens, *runs]), patches[hidden])
         class_loss = self.loss(logits.split(batch), targets.split(batch))
         patch_loss = self.patch_loss(patch_logits, patch_targets, mask)
         loss = class_loss + self.patch_weight * patch_loss

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +105,39 @@ def test_the_real_kernels_forward_on_a_cpu() -> None:
     layout = TokenLayout(2, (14, 14), 1)
     with torch.no_grad():
         torch.testing.assert_close(by_flex(module, x, layout), by_reference(module, x, layout), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """FlexAttention by inductor's kernel for the CPU: made from the same score and mask functions as Triton's."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler here: inductor cannot make kernels for the CPU")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(attention_flex, "flex_attention", torch.compile(attention_flex.flex_attention))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_compiled_kernel_forward_on_a_cpu() -> None:
+    module = make("routed", {"mode": "contextual", "on": "qk"}, 1)
+    x = torch.randn(2, 1 + 196, HEADS * WIDTH)
+    layout = TokenLayout(2, (14, 14), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(by_flex(module, x, layout), by_reference(module, x, layout), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_compiled_kernel_backward_on_a_cpu() -> None:
+    """Until PyTorch has one, gradients are held by the definition in the kernel's place (`test_equals_reference`)."""
+    module = make("routed", {"mode": "contextual", "on": "qk"}, 1)
+    x, weight = torch.randn(2, 2, 1 + 196, HEADS * WIDTH)
+    layout = TokenLayout(2, (14, 14), 1)
+    x.requires_grad_()
+    try:
+        got = by_flex(module, x, layout)
+    except NotImplementedError as error:
+        pytest.skip(f"PyTorch {torch.__version__}: {error}")
+    for a, b in zip(gradients(got, module, x, weight), gradients(by_reference(module, x, layout), module, x, weight)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_is_taken_only_where_it_can_do_what_is_asked() -> None:

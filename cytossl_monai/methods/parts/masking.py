@@ -167,7 +167,7 @@ def kept_patches(
         for index in range(batch):
             # The K largest of (log weight + Gumbel noise) are a draw without replacement in proportion to the weights.
             scores[view * batch + index] = sample_rng(seed, first + index, view).gumbel(size=patches)
-    noisy = torch.from_numpy(scores).to(device)
+    noisy = torch.from_numpy(scores).to(device, non_blocking=True)
     if hiding is not None:
         noisy = noisy - hiding.to(noisy.dtype)
     return noisy.topk(kept, dim=1).indices.sort(dim=1).values

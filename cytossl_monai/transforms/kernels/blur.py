@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.chunks import per_sample
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.resampling import double, halve
 
 __all__ = ["blur"]
@@ -50,7 +51,7 @@ def blur(image: Tensor, sigma: Tensor) -> Tensor:
         chosen = (depths == depth).nonzero().squeeze(1)
         if len(chosen) == len(image):
             return _blur_at(image, sigma, depth)
-        rows = chosen.to(image.device)
+        rows = to_device(chosen, image.device)
         out.index_copy_(0, rows, _blur_at(image.index_select(0, rows), sigma[chosen], depth))
     return out
 
@@ -68,7 +69,7 @@ def _blur_at(image: Tensor, sigma: Tensor, depth: int) -> Tensor:
     # Beyond its own three sigma a kernel is zero, however wide its neighbours' are.
     taps *= torch.arange(radius + 1) <= torch.ceil(3.0 * scaled.unsqueeze(1))
     taps /= 2.0 * taps.to(torch.float64).sum(1, keepdim=True).to(torch.float32) - taps[:, :1]
-    taps = taps.to(image.device)
+    taps = to_device(taps, image.device)
     small = _smooth_axis(_smooth_axis(pictures.pop(), taps, 2), taps, 3)
     for larger in reversed(pictures):
         small = double(small, *larger.shape[-2:])

@@ -8,6 +8,8 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
+from cytossl_monai.transforms.kernels.device import to_device
+
 __all__ = ["check_images", "check_masks", "check_mpp", "check_valid", "real_pixels", "stated_mpp"]
 
 
@@ -79,7 +81,7 @@ def check_masks(masks: Any, images: Tensor, key: str = "masks", values: bool = T
                 "compare an instance map or a probability with a threshold first"
             )
         masks = binary
-    return masks.to(images.device)
+    return to_device(masks, images.device)
 
 
 def check_valid(valid: Any, batch: int, height: int, width: int, key: str = "valid") -> Tensor | None:

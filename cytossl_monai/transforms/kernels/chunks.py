@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from cytossl_monai.transforms.kernels.device import to_device
+
 __all__ = ["change_some_", "chunks", "per_sample"]
 
 # A CPU is fast as long as its caches hold what it works on. Whole batches run from main memory, and every step pays for
@@ -43,10 +45,10 @@ def change_some_(images: Tensor, rows: slice, hit: Tensor, change: Callable[[Ten
     if len(at) == rows.stop - rows.start:
         images[rows] = change(images[rows], at)
     elif len(at):
-        on_device = at.to(images.device)
+        on_device = to_device(at, images.device)
         images.index_copy_(0, on_device, change(images.index_select(0, on_device), at))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1), float32 on the device of ``like``."""
-    return values.to(device=like.device, dtype=torch.float32).view(-1, 1, 1, 1)
+    return to_device(values.to(torch.float32), like.device).view(-1, 1, 1, 1)

@@ -10,6 +10,7 @@ import torch
 from skimage.color import rgb_from_hed
 from torch import Tensor
 
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.random import hash_uniform
 
 __all__ = ["jitter_stain"]
@@ -54,7 +55,9 @@ def jitter_stain(image: Tensor, amount: Tensor, seeds: Tensor, scale: float = 0.
     stains, inverse = _stains(channels)
     # Row vectors: density @ inverse = concentrations; (concentrations * gain + shift) @ stains = new density.
     matrix = (inverse * gains.unsqueeze(1)) @ stains
-    matrix, bias = matrix.to(image.device, torch.float32), (shifts @ stains).to(image.device, torch.float32)
+    packed = torch.cat([matrix, (shifts @ stains).unsqueeze(1)], 1).to(torch.float32)
+    matrix, bias = to_device(packed, image.device).split([channels, 1], 1)
+    bias = bias[:, 0]
     log = image.clamp_min(_MIN_TRANSMISSION).log_()
     out = torch.empty_like(image, memory_format=torch.contiguous_format)
     # No matrix product: its bits depend on the size of the batch.

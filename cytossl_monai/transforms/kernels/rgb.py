@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.random import hash_uniform
 
 __all__ = ["RGBJitter", "jitter_rgb"]
@@ -85,7 +86,7 @@ def jitter_rgb(image: Tensor, jitter: RGBJitter, seeds: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) float32 in [0, 1].
     """
-    drawn = hash_uniform(seeds, _STREAM, 4).mul_(2.0).sub_(1.0).to(torch.float32).to(image.device)
+    drawn = to_device(hash_uniform(seeds, _STREAM, 4).mul_(2.0).sub_(1.0).to(torch.float32), image.device)
     brightness, contrast, saturation, hue = (column.view(-1, 1, 1, 1) for column in drawn.unbind(1))
     out = (image * (1 + jitter.brightness * brightness)).clamp_(0.0, 1.0)
     mean = _grey(out).mean((2, 3), keepdim=True)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from cytossl_monai.transforms.kernels.device import grouped_sum
+
 __all__ = ["optical_density", "stained_regions"]
 
 _CLEAR = 0.1
@@ -36,11 +38,11 @@ def optical_density(images: torch.Tensor, shape: tuple[int, int] | None = None) 
 
 def _grouped_mean(labels: torch.Tensor, inside: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
     """Mean of every channel over the pixels of each label: float64 (count + 1, C); NaN where a label has no pixel."""
-    at = labels[inside].long()
-    picked = values.movedim(1, -1)[inside].double()
+    place = inside.nonzero(as_tuple=True)
+    at = labels[place].long()
+    picked = values.movedim(1, -1)[place].double()
     total = picked.new_zeros(count + 1, picked.shape[-1]).index_add_(0, at, picked)
-    pixels = torch.bincount(at, minlength=count + 1).double()
-    return total / pixels[:, None]
+    return total / grouped_sum(at, None, count + 1)[:, None]
 
 
 def _grown(labels: torch.Tensor, radius: int) -> torch.Tensor:
@@ -73,34 +75,35 @@ def stained_regions(
     over = density - glass[:, :, None, None]
     # The outermost pixels of a region mix it with what is beside it.
     core = mask & (-F.max_pool2d(-mask[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0)
-    area = torch.bincount(labels[mask].long(), minlength=count + 1).double()
-    has_core = torch.bincount(labels[core].long(), minlength=count + 1) > 0
+    place = mask.nonzero(as_tuple=True)
+    owner = labels[place].long()
+    area = grouped_sum(owner, None, count + 1)
+    has_core = grouped_sum(owner, core[place].double(), count + 1) > 0
     core |= mask & ~has_core[labels.long()]
-    stain = _grouped_mean(labels, core, over, count)
-    spread = (_grouped_mean(labels, core, over[:, 1:2] ** 2, count)[:, 0] - stain[:, 1] ** 2).clamp_min(0).sqrt()
+    means = _grouped_mean(labels, core, torch.cat([over, over[:, 1:2] ** 2], 1), count)
+    stain = means[:, :3]
+    spread = (means[:, 3] - stain[:, 1] ** 2).clamp_min(0).sqrt()
     near, far = _grown(labels, max(1, round(0.75 / mpp))), _grown(labels, max(2, round(2.5 / mpp)))
     ring = _grouped_mean(far, (near == 0) & (far > 0), over, count)
     red, green, blue = stain.unbind(1)
     colour = (green - blue) / green.clamp_min(1e-3)
     plane = torch.zeros(count + 1, dtype=torch.long, device=labels.device)
-    plane[labels[mask].long()] = mask.nonzero()[:, 0]
-    chroma = (stain.amax(1) - stain.amin(1))[1:]
-    if not bool(chroma.mean() > _GREY):
-        return keep
+    plane[owner] = place[0]
+    grey = ~((stain.amax(1) - stain.amin(1))[1:].mean() > _GREY)
     clear = (glass.amax(1) < _CLEAR)[plane]
     on_glass = clear & (ring.amax(1).nan_to_num(1.0) < _ON_GLASS)
     strength = (red + green - blue) / (1 + spread / green.clamp_min(1e-3))
     # A small thing on glass is more often a grain than a nucleus: it must be stained more.
     small = ((_LARGE_UM2 - area * mpp**2) / (_LARGE_UM2 - _SMALL_UM2)).clamp(0, 1)
     keep &= ~(on_glass & (strength < min_stain * (1 + _SMALL_EXTRA * small)))
-    return keep & ~_grey_among_violet(colour, red / green.clamp_min(1e-3), area * keep, plane, min_colour)
+    crystals = _grey_among_violet(colour, red / green.clamp_min(1e-3), area * keep, plane, len(labels), min_colour)
+    return keep & ~crystals | grey
 
 
 def _grey_among_violet(
-    colour: torch.Tensor, hue: torch.Tensor, area: torch.Tensor, plane: torch.Tensor, min_colour: float
+    colour: torch.Tensor, hue: torch.Tensor, area: torch.Tensor, plane: torch.Tensor, planes: int, min_colour: float
 ) -> torch.Tensor:
-    """Regions that absorb all light alike in a plane whose nuclei, by area, are violet."""
-    planes = int(plane.max()) + 1
+    """Regions that absorb all light alike in a plane (one of ``planes``) whose nuclei, by area, are violet."""
     violet = area * ((colour > 0.45) & (hue < 0.8))
     share = [torch.zeros(planes, dtype=area.dtype, device=area.device) for _ in range(2)]
     for total, part in zip(share, (violet, area), strict=True):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.random import hash_uniform, mix64
 from cytossl_monai.transforms.nuclei.centres import NucleiCentres
 
@@ -66,11 +67,11 @@ def kept_discs(nuclei: NucleiCentres, retained: Tensor, radius: Tensor, height: 
     line = (sample.unsqueeze(1) * height + row)[within] * (width + 1)
     runs = torch.zeros(nuclei.batch * height * (width + 1), dtype=torch.int16, device=device)
     ones = torch.ones(len(line), dtype=torch.int16, device=device)
-    runs.index_add_(0, (line + begin[within]).to(device), ones)
-    runs.index_add_(0, (line + end[within]).to(device), -ones)
+    runs.index_add_(0, to_device(line + begin[within], device), ones)
+    runs.index_add_(0, to_device(line + end[within], device), -ones)
     kept = runs.view(nuclei.batch, 1, height, width + 1).cumsum(-1, dtype=torch.int16)[..., :width] > 0
     if nuclei.labels is not None:
-        own = torch.cat([torch.zeros(1, dtype=torch.bool), retained]).to(device)
+        own = to_device(torch.cat([torch.zeros(1, dtype=torch.bool), retained]), device)
         kept |= own[nuclei.labels.long()].unsqueeze(1)
     return kept
 
@@ -119,11 +120,12 @@ def exchange_outside(image: Tensor, kept: Tensor, block: Tensor, fraction: Tenso
     flat, original = out.view(-1), image.reshape(-1)
     for length in sorted(set(side.tolist())):  # a loop over sizes, mostly one
         at = (side == length).nonzero().squeeze(1)
-        for part in chunks(kept[at.to(image.device)]):
+        for part in chunks(kept[to_device(at, image.device)]):
             rows = at[part]
-            dest, source = _exchanged(~kept[rows.to(image.device), 0], length, fraction[rows].cpu(), seeds[rows])
+            on_device = to_device(rows, image.device)
+            dest, source = _exchanged(~kept[on_device, 0], length, fraction[rows].cpu(), seeds[rows])
             sample = torch.div(dest, plane, rounding_mode="floor")
-            first = rows.to(image.device)[sample] * (channels * plane) - sample * plane
+            first = on_device[sample] * (channels * plane) - sample * plane
             dest, source = dest + first, source + first
             for channel in range(channels):
                 flat[dest + channel * plane] = original[source + channel * plane]
@@ -143,12 +145,12 @@ def _exchanged(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) ->
     device = outside.device
     rows, columns = -(-height // length), -(-width // length)
     blocks = rows * columns
-    order = _scattered_order(seeds.to(device), blocks)
+    order = _scattered_order(to_device(seeds, device), blocks)
     real = order < blocks
     order = order.clamp(max=blocks - 1)
     if bool((fraction < 1).any()):
-        part = hash_uniform(seeds, _TAKE_PART_STREAM, blocks).to(device) < fraction.unsqueeze(1).to(device)
-        real &= part.gather(1, order)
+        part = hash_uniform(seeds, _TAKE_PART_STREAM, blocks) < fraction.unsqueeze(1)
+        real &= to_device(part, device).gather(1, order)
     if length == 1:
         first = torch.arange(count, device=device).unsqueeze(1) * (height * width)
         position = order + first

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.chunks import per_sample
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.random import hash_noise, hash_uniform
 from cytossl_monai.transforms.ncp.plate import (
     NuclearPixels,
@@ -48,7 +49,7 @@ def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    field = hash_noise(seeds.to(image.device), _NOISE_STREAM, *image.shape[1:])
+    field = hash_noise(to_device(seeds, image.device), _NOISE_STREAM, *image.shape[1:])
     return field.mul_(per_sample(std, image)).add_(image).clamp_(0.0, 1.0)
 
 
@@ -88,13 +89,13 @@ def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tenso
     # The chosen patches come first: once in their own order (where to), once in random order (where from).
     to = torch.where(chosen, place / most, 2.0 + place).argsort(dim=1)
     origin = torch.where(chosen, drawn[..., 1], 2.0 + place).argsort(dim=1)
-    moved = torch.empty_like(to).scatter_(1, to, origin).to(image.device)
+    moved = to_device(torch.empty_like(to).scatter_(1, to, origin), image.device)
 
     out = image.clone(memory_format=torch.contiguous_format)
     for length in sorted(set(side.tolist())):  # a loop over sizes, mostly few
         where = (side == length).nonzero().squeeze(1)
         rows, columns = height // length, width // length
-        at = where.to(image.device)
+        at = to_device(where, image.device)
         part = image.index_select(0, at)
         whole = part[..., : rows * length, : columns * length]
         cut = whole.reshape(len(at), channels, rows, length, columns, length).permute(0, 2, 4, 1, 3, 5)
@@ -146,7 +147,7 @@ def cut_out(image: Tensor, amount: Tensor, seeds: Tensor, colour: Tensor, count:
             * (0.5 + 0.5 * drawn[..., 2 + axis])
         )
         at = torch.arange(length, dtype=torch.float64) + 0.5
-        inside.append(((at - centre.unsqueeze(-1)).abs() <= half.unsqueeze(-1)).to(image.device))
+        inside.append(to_device((at - centre.unsqueeze(-1)).abs() <= half.unsqueeze(-1), image.device))
     hit = torch.zeros(batch, 1, height, width, dtype=torch.bool, device=image.device)
     for rows, columns in zip(inside[0].unbind(1), inside[1].unbind(1), strict=True):
         hit |= rows.view(batch, 1, height, 1) & columns.view(batch, 1, 1, width)

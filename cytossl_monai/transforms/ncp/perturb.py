@@ -11,6 +11,7 @@ from cytossl_monai.transforms.kernels.blur import blur
 from cytossl_monai.transforms.kernels.checks import real_pixels
 from cytossl_monai.transforms.kernels.chunks import chunks
 from cytossl_monai.transforms.kernels.colour import jitter_stain
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.ncp import operations as ncp
 from cytossl_monai.transforms.ncp.exchange import exchange_outside, kept_discs, retained_nuclei
 from cytossl_monai.transforms.ncp.settings import BLUR_SIGMA_UM, CUTOUT_SIDE, NOISE_STD, Draw, NCPSettings
@@ -94,9 +95,9 @@ def perturb(
         if len(rows) < part.stop - part.start and not in_place:
             out[part] = images[part]
         if len(rows):
-            at = rows.to(images.device)
+            at = to_device(rows, images.device)
             stay = _what_stays(masks, nuclei, mpp, draw, settings, rows, images)
-            real = None if valid is None else real_pixels(valid[rows], *images.shape[-2:]).to(images.device)
+            real = None if valid is None else to_device(real_pixels(valid[rows], *images.shape[-2:]), images.device)
             out.index_copy_(0, at, _perturb_part(images, stay, mpp, draw, settings, given, rows, real))
     return result
 
@@ -113,7 +114,7 @@ def _what_stays(
     """(n, 1, H, W) bool: the pixels of the samples ``rows`` that leave as they came, margins not counted."""
     if not settings.by_nucleus or nuclei is None:
         assert masks is not None
-        return masks.index_select(0, rows.to(images.device))
+        return masks.index_select(0, to_device(rows, images.device))
     some = nuclei.of(rows)
     retained = retained_nuclei(some, draw.seeds[rows], settings.retain_prob)
     if settings.keep_radius_um > 0:
@@ -125,7 +126,7 @@ def _what_stays(
             )
     else:
         radius = torch.zeros(len(rows))
-    return kept_discs(some, retained, radius, *images.shape[-2:]).to(images.device)
+    return to_device(kept_discs(some, retained, radius, *images.shape[-2:]), images.device)
 
 
 @dataclass
@@ -148,7 +149,7 @@ def _given(
     if "swap" not in draw.amounts:
         return None
     rows = (active & (draw.amounts["swap"] > 0)).nonzero().squeeze(1)
-    giver = draw.donor[rows].to(donors.device)
+    giver = to_device(draw.donor[rows], donors.device)
     plates = _unit(donors.index_select(0, giver))
     if donor_masks is not None:
         for part in chunks(plates):
@@ -171,7 +172,7 @@ def _perturb_part(
 ) -> Tensor:
     """:func:`perturb` for the samples ``rows`` ((n,) int64 on the CPU), each of which at least one op acts on."""
     device = images.device
-    original = images.index_select(0, rows.to(device))
+    original = images.index_select(0, to_device(rows, device))
     mpp, seeds = mpp[rows], draw.seeds[rows]
     amounts = {name: amount[rows] for name, amount in draw.amounts.items()}
     discs = settings.keep_radius_um > 0
@@ -189,11 +190,11 @@ def _perturb_part(
         drawn = (amount > 0).nonzero().squeeze(1)
         if len(drawn) == 0:
             continue
-        at = drawn.to(device)
+        at = to_device(drawn, device)
         here = plate.index_select(0, at) if len(drawn) < len(plate) else plate
         much, seed, scale = amount[drawn], seeds[drawn], mpp[drawn]
         if name == "swap" and given is not None:
-            theirs = given.plates.index_select(0, given.place[rows[drawn]].to(device))
+            theirs = given.plates.index_select(0, to_device(given.place[rows[drawn]], device))
             here = ncp.swap_background(here, theirs, much)
         elif name == "shuffle":
             here = ncp.shuffle_patches(here, settings.patch_um / scale, much, seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from cytossl_monai.transforms.kernels.device import grouped_sum
 from cytossl_monai.transforms.nuclei.labels import among_neighbours, label_levels
 from cytossl_monai.transforms.nuclei.regions import RegionRules
 
@@ -76,16 +77,16 @@ def pick_regions(density: torch.Tensor, levels: torch.Tensor, mpp: float, rules:
     n = labels.first[-1] + 1
     row = torch.div(inside, width, rounding_mode="floor").remainder_(height).double()
     column = inside.remainder(width).double()
-    at_rim = low < top  # elsewhere it would enter and leave at once
+    # Indices and no masks: each use of a mask would count its pixels anew. Elsewhere it would enter and leave at once.
+    at_rim = (low < top).nonzero().squeeze(1)
     edge = _edge_step(density, rules.edge_reach / mpp).flatten()[inside[at_rim]].double()
     firm = (edge >= 0.5 * rules.min_contrast).double()
     enters, low, there = owner[at_rim], low[at_rim], inside[at_rim]
-    also_below = low > 0
+    also_below = (low > 0).nonzero().squeeze(1)
     leaves = labels.of(low[also_below] - 1, there[also_below])
 
     def grouped(at: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
-        # bincount of nothing forgets the type of its weights.
-        return torch.bincount(at, weights=values, minlength=n).double()
+        return grouped_sum(at, values, n)
 
     sums = [grouped(owner, v) for v in (None, row, column, row * row, column * column, row * column)]
     for values in (torch.ones_like(edge), edge, firm):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cytossl_monai.transforms.kernels.device import grouped_sum, to_device
 from cytossl_monai.transforms.nuclei.labels import label_planes
 
 __all__ = ["NucleiCentres"]
@@ -82,23 +83,18 @@ class NucleiCentres:
         inside = flat.nonzero().squeeze(1)
         owner = flat[inside].long() - 1
         row = torch.div(inside, width, rounding_mode="floor")
-        sums = [
-            torch.bincount(owner, weights=values, minlength=count).cpu().double()
-            for values in (
-                (inside - row * width).double(),
-                row.remainder(height).double(),
-                torch.ones_like(owner).double(),
-            )
-        ]
-        first = torch.zeros(count, dtype=torch.int64, device=labels.device)
-        first[owner] = torch.div(row, height, rounding_mode="floor")
-        sample = first.cpu()
-        xy = torch.stack(sums[:2], 1) / sums[2].unsqueeze(1).clamp_min(1) + 0.5
+        columns, rows = (inside - row * width).double(), row.remainder(height).double()
+        first = torch.zeros(count, dtype=torch.float64, device=labels.device)
+        first[owner] = torch.div(row, height, rounding_mode="floor").double()
+        # One copy to the host, where all that follows is decided.
+        found = torch.stack([*(grouped_sum(owner, values, count) for values in (columns, rows, None)), first]).cpu()
+        sample = found[3].long()
+        xy = found[:2].T / found[2].unsqueeze(1).clamp_min(1) + 0.5
         order = torch.argsort(sample, stable=True)
         if bool((order[1:] < order[:-1]).any()):
             place = torch.empty_like(order)
             place[order] = torch.arange(count)
-            table = torch.cat([torch.zeros(1, dtype=torch.int64), place + 1]).to(labels.device)
+            table = to_device(torch.cat([torch.zeros(1, dtype=torch.int64), place + 1]), labels.device)
             labels = table[labels.long()]
         return cls(xy[order], sample[order], batch, labels)
 
@@ -123,8 +119,8 @@ class NucleiCentres:
         taken = torch.arange(len(sample)) - starts[sample] + first[sample]
         labels = None
         if self.labels is not None:
-            part = self.labels.index_select(0, rows.to(self.labels.device)).long()
-            shift = (starts - first).to(part.device).view(-1, 1, 1)
+            part = self.labels.index_select(0, to_device(rows, self.labels.device)).long()
+            shift = to_device(starts - first, part.device).view(-1, 1, 1)
             labels = torch.where(part > 0, part + shift, 0)
         return NucleiCentres(self.xy[taken], sample, len(rows), labels)
 
@@ -149,7 +145,7 @@ class NucleiCentres:
         some = self.where(chosen)
         if self.labels is not None:
             number = torch.where(chosen, chosen.cumsum(0), 0)
-            table = torch.cat([torch.zeros(1, dtype=torch.int64), number]).to(self.labels.device)
+            table = to_device(torch.cat([torch.zeros(1, dtype=torch.int64), number]), self.labels.device)
             some.labels = table[self.labels.long()]
         return some
 

@@ -11,6 +11,8 @@ from scipy import ndimage
 
 __all__ = ["LevelLabels", "among_neighbours", "label_levels", "label_planes"]
 
+_ROUNDS = 4  # between two looks at whether anything changes: to look, the host waits; a round too many changes nothing
+
 _IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
 _IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 
@@ -52,19 +54,22 @@ def label_planes(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _label_by_spreading(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     """``label_planes`` in tensor operations alone, for devices that SciPy cannot reach."""
+    if mask.numel() == 0:
+        return torch.zeros(mask.shape, dtype=torch.int64, device=mask.device), 0
     pixels = torch.arange(1, mask.numel() + 1, device=mask.device).view(mask.shape)
     current = torch.where(mask, pixels, 0)
     while True:
-        spread = torch.where(mask, among_neighbours(current, torch.maximum), 0)
-        # A label is the index of a pixel: what that pixel has learned in the meantime holds for this one as well.
-        table = torch.cat([spread.new_zeros(1), spread.flatten()])
-        spread = table[table[spread]]
-        if torch.equal(spread, current):
+        before = current
+        for _ in range(_ROUNDS):
+            spread = torch.where(mask, among_neighbours(current, torch.maximum), 0)
+            # A label is the index of a pixel: what that pixel has learned in the meantime holds for this one as well.
+            table = torch.cat([spread.new_zeros(1), spread.flatten()])
+            current = table[table[spread]]
+        if torch.equal(current, before):
             break
-        current = spread
-    values, inverse = torch.unique(current, return_inverse=True)
-    offset = 0 if values.numel() and int(values[0]) == 0 else 1
-    return inverse + offset, int(values.numel()) - 1 + offset
+    # Numbered by the last pixel of each component, the one whose label is its own.
+    number = (mask & (current == pixels)).flatten().cumsum(0)
+    return torch.where(mask, number[(current - 1).clamp_min(0)], 0), int(number[-1])
 
 
 @dataclass
@@ -118,7 +123,7 @@ def label_levels(steps: torch.Tensor, levels: int) -> LevelLabels:
     at = filled.flatten().nonzero().squeeze(1)
     level = torch.div(at, batch * height, rounding_mode="floor")
     kept = steps.view(-1, width)[at - level * (batch * height)] > cuts[level, None]
-    total = int(place[at[-1]]) + 1 if len(at) else 0
+    total = int(place[-1]) + 1
     mask = torch.zeros(total, width, dtype=torch.bool, device=steps.device)
     mask[place[at]] = kept
     rows = label_planes(mask[None])[0][0]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.stained import optical_density, stained_regions
 from cytossl_monai.transforms.nuclei.batch import noise_levels, pick_regions
 from cytossl_monai.transforms.nuclei.labels import label_planes
@@ -77,12 +78,12 @@ def _segment(images: torch.Tensor, mpp: float, rules: RegionRules) -> torch.Tens
     top = torch.minimum(coarse.flatten(1).amax(1), bottom + DENSITY_RANGE)
     share = torch.arange(LEVELS, device=images.device, dtype=torch.float32)[:, None] / LEVELS
     bar = pick_regions(coarse, bottom + (top - bottom).clamp_min(0.0) * share, scale, rules)
-    bar[noisy] = float("inf")
+    bar = bar.masked_fill(noisy[:, None, None], float("inf"))
     if images.shape[1] == 3 and (rules.min_stain > 0 or rules.min_colour > 0):
         labels, count = label_planes(bar.isfinite())
         colours = optical_density(images, (coarse.shape[-2], coarse.shape[-1]))
         stained = stained_regions(labels, count, colours, scale, rules.min_stain, rules.min_colour)
-        bar[~stained[labels.long()]] = float("inf")
+        bar = bar.masked_fill(~stained[labels.long()], float("inf"))
     if coarse.shape[-2:] == (height, width):
         return bar[:, None].isfinite()
     # The outline is drawn again at the tile's own resolution, at the level found, at most one coarse pixel further out.
@@ -134,6 +135,6 @@ def nuclei_mask(
         return torch.cat(parts)
     result = torch.zeros_like(images[:, :1], dtype=torch.bool)
     for scale in distinct.tolist():  # over the distinct scales of a batch, mostly one or two, not over its samples
-        rows = (scales == scale).nonzero().flatten().to(images.device)
+        rows = to_device((scales == scale).nonzero().flatten(), images.device)
         result[rows] = nuclei_mask(images[rows], scale, rules=rules)
     return result

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.resampling import halve
 
 __all__ = ["CropBoxes", "cut_views", "draw_boxes", "native_scale"]
@@ -157,7 +158,8 @@ def _grid(boxes: CropBoxes, side: int, height: int, width: int, device: torch.de
     along_x = (middle.unsqueeze(1) + steps[:, None, :, 0] * line).to(torch.float32)
     along_y = (steps[:, None, :, 1] * line).to(torch.float32)
     # Pairs are added as complex numbers: one pass that writes in order.
-    x, y = (torch.view_as_complex(part.contiguous()).to(device) for part in (along_x, along_y))
+    both = to_device(torch.stack([along_x, along_y]), device)
+    x, y = torch.view_as_complex(both).unbind()
     return torch.view_as_real(x.unsqueeze(1) + y.unsqueeze(2))
 
 
@@ -185,7 +187,7 @@ def _cut(pyramid: list[Tensor], boxes: CropBoxes, side: int, channels: int) -> T
     out = torch.empty(len(depths), channels, side, side, device=pyramid[0].device)
     for depth in depths.unique().tolist():  # seldom more than two
         rows = (depths == depth).nonzero().squeeze(1)
-        at = rows.to(out.device)
+        at = to_device(rows, out.device)
         out.index_copy_(0, at, sample(depth, pyramid[depth][:, :channels].index_select(0, at), boxes.of(rows)))
     return out
 

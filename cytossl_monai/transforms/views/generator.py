@@ -12,12 +12,14 @@ from cytossl_monai.transforms.kernels.blur import blur
 from cytossl_monai.transforms.kernels.checks import check_images, check_masks, check_mpp, check_valid
 from cytossl_monai.transforms.kernels.chunks import change_some_, chunks
 from cytossl_monai.transforms.kernels.colour import jitter_stain
-from cytossl_monai.transforms.kernels.random import draw_seeds, hash_uniform
+from cytossl_monai.transforms.kernels.device import to_device
+from cytossl_monai.transforms.kernels.random import hash_uniform
 from cytossl_monai.transforms.kernels.rgb import RGBJitter, jitter_rgb
 from cytossl_monai.transforms.ncp.batched import BatchedNCP
 from cytossl_monai.transforms.ncp.exchange import retained_nuclei
 from cytossl_monai.transforms.nuclei.centres import NucleiCentres
 from cytossl_monai.transforms.views.boxes import NUMBERS, CropBoxes, cut_views, draw_boxes
+from cytossl_monai.transforms.views.draws import DrawnViews, draw_views
 
 __all__ = ["ViewGenerator"]
 
@@ -227,7 +229,9 @@ class ViewGenerator(nn.Module):
         elif masks is not None:
             masks = check_masks(masks, tiles)
         elif self.find_nuclei and nuclei is None:
-            masks = self.segmenter(tiles, check_mpp(mpp, len(tiles)).to(tiles.device))
+            # This package's own reads the scale on the host; a GPU would have to be waited for.
+            here = torch.device("cpu") if self.segmenter is _default_segmenter else tiles.device
+            masks = self.segmenter(tiles, to_device(check_mpp(mpp, len(tiles)), here))
         masks = None if masks is None else masks.as_subclass(Tensor)
         scale = None if mpp is None else check_mpp(mpp, len(tiles))
         centred = max(*self.nucleus_prob, self.same_nucleus_prob) > 0
@@ -246,23 +250,24 @@ class ViewGenerator(nn.Module):
             elif nuclei is not None:
                 with_nuclei = (nuclei.counts() > 0).nonzero().squeeze(1)
             if 0 < len(with_nuclei) < len(tiles):
-                kept = with_nuclei.to(tiles.device)
+                kept = to_device(with_nuclei, tiles.device)
                 tiles, masks = tiles[kept], None if masks is None else masks[kept]
                 nuclei = None if nuclei is None else nuclei.of(kept.cpu())
                 valid = None if valid is None else valid[kept.to(valid.device)]
                 real = None if real is None else real[kept.cpu()]
                 scale = None if scale is None else scale[kept.cpu()]
         batch = len(tiles)
-        if perturbing and self.ncp_once and self.ncp is not None and (masks is not None or nuclei is not None):
-            seeds = draw_seeds(batch, generator)
-            tiles = self.ncp(tiles, masks, scale, seeds=seeds, check=False, nuclei=nuclei, valid=real)
+        once = perturbing and self.ncp_once and (masks is not None or nuclei is not None)
+        drawn = draw_views(batch, len(self.sizes), once, generator)
+        if drawn.tile_seeds is not None and self.ncp is not None:
+            tiles = self.ncp(tiles, masks, scale, seeds=drawn.tile_seeds, check=False, nuclei=nuclei, valid=real)
             if self.centre_on == "retained" and nuclei is not None:
-                nuclei = nuclei.where(retained_nuclei(nuclei, seeds, self.ncp.settings.retain_prob))
-        boxes = self._boxes(tiles, nuclei, generator, valid)
+                nuclei = nuclei.where(retained_nuclei(nuclei, drawn.tile_seeds, self.ncp.settings.retain_prob))
+        boxes = self._boxes(tiles, nuclei, drawn, valid)
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}
         masked = {*range(self.n_global), *self.ncp_views}
         for index, (view, mask) in enumerate(cut_views(tiles, masks, boxes, self.sizes, masked)):
-            seeds = draw_seeds(2 * batch, generator).view(2, batch)
+            seeds = drawn.seeds[index]
             if perturbing and self.ncp is not None and index in self.ncp_views and mask is not None:
                 view_scale = None
                 if scale is not None:  # a crop that is enlarged shows fewer micrometres a pixel
@@ -279,21 +284,15 @@ class ViewGenerator(nn.Module):
         self,
         tiles: Tensor,
         nuclei: NucleiCentres | None,
-        generator: torch.Generator | None,
+        draws: DrawnViews,
         valid: Tensor | None,
     ) -> list[CropBoxes]:
         """Where each view is cut; every view draws a nucleus of its own, unless the global ones share one."""
-        batch, height, width = len(tiles), tiles.shape[-2], tiles.shape[-1]
-        device = "cpu" if generator is None else generator.device
-
-        def draw(count: int) -> Tensor:
-            return torch.rand(batch, count, generator=generator, dtype=torch.float64, device=device).cpu()
-
-        shared = draw(2)
+        height, width = tiles.shape[-2:]
+        shared = draws.shared
         boxes = []
-        for index in range(len(self.sizes)):
+        for index, drawn in enumerate(draws.crops):
             is_global = index < self.n_global
-            drawn = draw(NUMBERS + 2)
             nucleus = None
             if nuclei is not None:
                 together = (shared[:, 0] < self.same_nucleus_prob) & is_global

@@ -55,22 +55,21 @@ def embedding_process(features: Path) -> int | None:
 def disturb(folder: Path, workflow: int) -> None:
     """Watch the workflow: count jobs side by side, cancel one that indexes, kill the process of one that embeds."""
     side_by_side, cancelled, killed = 0, "", ""
-    start = time.monotonic()
+    features, start = folder / "cluster" / "features", time.monotonic()
     while Path(f"/proc/{workflow}").exists() and Path(f"/proc/{workflow}/stat").read_text().split(")")[1][1] != "Z":
-        now = jobs()
-        running = {job: comment for job, (state, comment) in now.items() if state == "RUNNING"}
+        running = {job: comment for job, (state, comment) in jobs().items() if state == "RUNNING"}
         side_by_side = max(side_by_side, len(running))
         for job, comment in running.items():
             if not cancelled and "index" in comment and len(running) >= 4:
                 subprocess.run(["scancel", job], check=True)
                 cancelled = comment
-            elif not killed and "embed" in comment:
-                features = folder / "cluster" / "features"
-                pid = embedding_process(features)
-                # In the midst: one is at a slide, whose lock it holds.
-                if pid is not None and any((features / ".locks").glob("*")):
-                    os.kill(pid, signal.SIGKILL)
-                    killed = f"process {pid} of an embedding"
+        until = time.monotonic() + 0.5
+        while not killed and time.monotonic() < until and any("embed" in comment for comment in running.values()):
+            # In the midst: one is at a slide, whose lock it holds. These slides are done within a second.
+            if any((features / ".locks").glob("*")) and (pid := embedding_process(features)) is not None:
+                os.kill(pid, signal.SIGKILL)
+                killed = f"process {pid} of an embedding"
+            time.sleep(0.02)
         time.sleep(0.3)
     print(
         f"   {side_by_side} jobs side by side; cancelled {cancelled}; killed {killed}; {time.monotonic() - start:.0f} s"

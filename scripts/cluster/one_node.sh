@@ -9,6 +9,8 @@ action=${1:?start or stop} dir=$(realpath -m -- "${2:?a folder}")
 export SLURM_CONF=$dir/slurm.conf
 
 stop() {
+  # Jobs outlive the daemons.
+  if [ -s "$dir/slurmctld.pid" ]; then timeout 20 scancel --full --state=RUNNING --user="$(id -un)" 2>/dev/null && sleep 1 || true; fi
   for daemon in slurmd slurmctld munged; do
     if [ -s "$dir/$daemon.pid" ]; then kill "$(cat "$dir/$daemon.pid")" 2>/dev/null || true; fi
   done

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from cucim import CuImage
 
 from cytossl_monai.data import Slide, open_slide
@@ -24,7 +25,7 @@ from cytossl_monai.data.slides.resample import resample, window_size
 SIZE, SCALE = 256, 1.46
 
 
-def cpu_ms(works: dict[str, Callable[[], None]], tiles: int, rounds: int) -> dict[str, float]:
+def cpu_ms(works: dict[str, Callable[[], object]], tiles: int, rounds: int) -> dict[str, float]:
     """Least CPU milliseconds a tile of each, rounds interleaved: what else the machine does hits all alike."""
     least = dict.fromkeys(works, float("inf"))
     for _ in range(rounds):
@@ -35,7 +36,7 @@ def cpu_ms(works: dict[str, Callable[[], None]], tiles: int, rounds: int) -> dic
     return least
 
 
-def works(slide: Slide, image: CuImage, corners: np.ndarray, resampled: bool) -> dict[str, Callable[[], None]]:
+def works(slide: Slide, image: CuImage, corners: np.ndarray, resampled: bool) -> dict[str, Callable[[], object]]:
     """The four ways to read tiles at ``corners``."""
     side = window_size(SIZE, SCALE) if resampled else SIZE
     mpp = slide.mpp * SCALE if resampled else None
@@ -64,12 +65,44 @@ def works(slide: Slide, image: CuImage, corners: np.ndarray, resampled: bool) ->
     return {"single": single, "batched": batched, "read_regions(32)": in_batches, "read_regions(all)": at_once}
 
 
+def layouts() -> dict[str, Callable[[], object]]:
+    """Ways from 32 decoded tiles to the float tensor that an encoder takes: turned by NumPy at once, or later."""
+    tiles = np.random.default_rng(0).integers(0, 256, (32, SIZE, SIZE, 3), dtype=np.uint8)
+
+    def planar() -> torch.Tensor:
+        out = np.empty((len(tiles), 3, SIZE, SIZE), np.uint8)
+        for place, tile in zip(out, tiles):
+            place[:] = tile.transpose(2, 0, 1)
+        return torch.from_numpy(out)
+
+    def interleaved() -> torch.Tensor:
+        out = np.empty_like(tiles)
+        for place, tile in zip(out, tiles):
+            place[:] = tile
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    def later() -> torch.Tensor:
+        return interleaved().to(torch.float32, memory_format=torch.contiguous_format)
+
+    return {
+        "turned": planar,
+        "interleaved": interleaved,
+        "turned, then float": lambda: planar().float(),
+        "interleaved, then float and turned": later,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slide", type=Path, required=True)
+    parser.add_argument("--slide", type=Path, help="none: only what it costs to turn pixels from interleaved to planar")
     parser.add_argument("--tiles", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.slide is None:
+        torch.set_num_threads(1)
+        for name, cost in cpu_ms(layouts(), 32, 4 * args.rounds).items():
+            print(f"{name}: {cost:.3f} ms a tile")
+        return
     image, rng = CuImage(str(args.slide)), np.random.default_rng(0)
     with open_slide(args.slide, backend="cucim") as slide:
         margin = window_size(SIZE, SCALE)

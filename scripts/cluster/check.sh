@@ -44,12 +44,21 @@ echo "== made-up slides, an encoder and a classifier"
 printf 'options:\n  inference: "--evidence [tiles] --overview_size 256"\n' > "$dir/check.yaml"
 echo "== one machine"
 alone() {
-  "$tools/bin/snakemake" -q all -s "$here/Snakefile" --directory "$dir/alone.work" --cores 2 --config \
+  "$tools/bin/snakemake" -q all -s "$here/Snakefile" --workflow-profile "$here/profiles/local" \
+    --directory "$dir/alone.work" --cores 2 --config \
     slides="$dir/slides/slides.csv" encoder="$dir/model.pt" classifier="$dir/classifier.pt" out="$dir/alone" \
     chunks=1 tile_size=96 threads=2 python="$python" --configfile "$dir/check.yaml"
 }
 mkdir -p "$dir/alone.work" "$dir/cluster.work"
 alone
+
+echo "== without a scheduler"
+mkdir -p "$dir/bare" "$dir/bare.work"
+for tool in bash sh env which; do ln -sf "$(command -v "$tool")" "$dir/bare/$tool"; done
+if PATH=$dir/bare "$tools/bin/snakemake" -s "$here/Snakefile" --workflow-profile "$here/profiles/slurm" \
+  --directory "$dir/bare.work" --config slides="$dir/slides/slides.csv" encoder="$dir/model.pt" \
+  classifier="$dir/classifier.pt" out="$dir/bare.out" > "$dir/bare.log" 2>&1; then exit 1; fi
+grep "no scheduler here: sbatch is not on the PATH" "$dir/bare.log"
 
 echo "== four jobs side by side on SLURM"
 cluster() {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +197,27 @@ def test_a_study_that_lacks_a_section_is_refused(tmp_path: Path) -> None:
         read_study(path)
     with pytest.raises(InputError, match="does not exist"):
         read_study(tmp_path / "none.yaml")
+
+
+def test_shards_share_the_runs_and_write_no_table(
+    data: Path, tmp_path: Path, repo_root_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def rows(self: AblationStudy, methods: list[str], arms: list[str], device: str) -> list[dict[str, Any]]:
+        done.extend(f"{method}/{arm}" for method in methods for arm in arms)
+        return []
+
+    monkeypatch.setattr(AblationStudy, "rows", rows)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script puts its own
+    main = runpy.run_path(str(repo_root_path / "scripts/study/ablation.py"))["main"]
+    words = ["ablation.py", "--data", str(data), "--output", str(tmp_path / "out"), "--shard"]
+    for shard in ("1/3", "2/3", "3/3"):
+        monkeypatch.setattr(sys, "argv", [*words, shard])
+        main()
+    config = read_study(repo_root_path / "configs/study/ablation.yaml")
+    assert sorted(done) == sorted(run.name for run in AblationStudy(config, data, tmp_path, repo_root_path).runs())
+    assert not list(tmp_path.rglob("ablation.*"))
+    monkeypatch.setattr(sys, "argv", [*words, "4/3"])
+    with pytest.raises(SystemExit, match="shard 4/3 does not exist"):
+        main()

@@ -24,6 +24,7 @@ from monai.deploy.operators.monai_bundle_inference_operator import (
 )
 
 from cytossl_monai.data.slides.slide import BACKENDS
+from cytossl_monai.deploy.exported import check_exported
 from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagOperator
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
@@ -31,6 +32,9 @@ from cytossl_monai.utils import InputError, RunReport, plain_errors
 
 # cuCIM 26.10 crashes inside the SDK's runtime, Holoscan 4.6 (segmentation fault in its batched reads): take OpenSlide.
 BACKENDS.pop("cucim", None)
+
+CONFIG = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_mil" / "configs" / "inference.json"
+"""What model.ts is exported with; the SDK evaluates what lies in the file, so that nothing else may."""
 
 
 class CytoSSLApp(Application):
@@ -40,6 +44,7 @@ class CytoSSLApp(Application):
         self.settings = settings
         output = Path(settings.output)
         models = Path(settings.model)
+        check_exported(models / "model.ts", settings.config)  # before the SDK builds anything from it
         self.slides = find_slides(settings.input, settings.mpp)
         self.read = SlideToBag(models / "encoder.pt", output / "cache" / "index")
         self.writer = PredictionWriter(
@@ -76,6 +81,7 @@ def main() -> int:
     parser.add_argument("-i", "--input", default=environment("HOLOSCAN_INPUT_PATH"), help="slide, or folder of slides")
     parser.add_argument("-o", "--output", default=environment("HOLOSCAN_OUTPUT_PATH", "output"))
     parser.add_argument("-m", "--model", default=environment("HOLOSCAN_MODEL_PATH", "models"))
+    parser.add_argument("--config", default=CONFIG, help="the inference.json that model.ts was exported with")
     parser.add_argument("--mpp", type=float, help="micrometres per pixel, where the slides do not say")
     settings = parser.parse_args()
     if not settings.input:

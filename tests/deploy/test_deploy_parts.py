@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ckpt_export
+from monai.bundle import ConfigParser, ckpt_export
 
 from cytossl_monai.data.slides.write import write_pyramid
 from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.deploy.dicom_report import is_dicom, report_text
+from cytossl_monai.deploy.exported import check_exported
 from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagOperator
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
@@ -135,3 +137,82 @@ def test_report_text_never_diagnoses_an_empty_slide():
     assert "No prediction was made." in empty
     assert "positive" not in empty
     assert empty.endswith("Research use only.")
+
+
+def with_configuration(model, target, name="inference", drop=(), **more):
+    """A copy of an exported model whose configuration was changed, as a stranger could."""
+    with zipfile.ZipFile(model) as source, zipfile.ZipFile(target, "w") as copy:
+        for member in source.namelist():
+            content = source.read(member)
+            if member == f"model/extra/{name}.json":
+                kept = {key: value for key, value in json.loads(content).items() if key not in drop}
+                content = json.dumps({**kept, **more}).encode()
+            copy.writestr(member.replace("model/", f"{target.stem}/", 1), content)
+    return target
+
+
+def what_the_sdk_builds(model):
+    """The items that MONAI Deploy's operator takes from a model's configuration, as its parser makes them."""
+    with zipfile.ZipFile(model) as archive:
+        parser = ConfigParser(json.loads(archive.read(f"{model.stem}/extra/inference.json")))
+    return [parser.get_parsed_content(name) for name in ("device", "inferer", "preprocessing") if name in parser]
+
+
+@pytest.fixture
+def own(repo_root):
+    return repo_root / "bundles" / "cytossl_mil" / "configs" / "inference.json"
+
+
+def test_an_exported_model_may_bring_plain_values_alone(folder, own, tmp_path):
+    check_exported(folder / "model.ts", own)
+    plain = {
+        "in_features": 7,
+        "class_names": ["a", "b"],
+        "_comment_paths": "of another version",
+        "note": ["x", {"y": 1}],
+    }
+    check_exported(with_configuration(folder / "model.ts", tmp_path / "model.ts", drop=["slides"], **plain), own)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"preprocessing": {"_target_": "Compose", "transforms": [{"_target_": "pathlib.Path", "name": 1}]}},
+        {"inferer": "${code}"},
+        {"device": "${code}"},
+        {"imports": ["$import torch", "$import antigravity"]},
+        {"unused": {"deep": ["$import antigravity"]}},
+        {"inferer::_target_": "os.getcwd"},
+        {"+inferer": {"_target_": "os.getcwd"}},
+        {"device": "%/tmp/other.json::device"},
+        {"postprocessing": "@handlers"},
+    ],
+)
+def test_an_exported_model_with_code_of_its_own_is_refused(folder, own, tmp_path, foreign):
+    code = f"__import__('pathlib').Path({str(tmp_path / 'marker')!r}).touch()"
+    foreign = json.loads(json.dumps(foreign).replace("{code}", code.replace('"', "'")))
+    model = with_configuration(folder / "model.ts", tmp_path / "model.ts", **foreign)
+    with pytest.raises(CheckpointError, match=r"model\.ts brings a configuration of its own .*; export it again"):
+        check_exported(model, own)
+    assert not (tmp_path / "marker").exists()
+    if str(foreign).startswith("{'device': '$"):  # else the check would guard a door that is shut anyway
+        what_the_sdk_builds(model)
+        assert (tmp_path / "marker").exists()
+
+
+def test_what_is_no_export_is_a_sentence(folder, own, tmp_path):
+    (tmp_path / "noise.ts").write_bytes(b"noise")
+    (tmp_path / "renamed.ts").write_bytes((folder / "model.ts").read_bytes())
+    torch.jit.script(torch.nn.Identity()).save(tmp_path / "bare.ts")
+    meta = with_configuration(folder / "model.ts", tmp_path / "meta.ts", "metadata", authors="$1")
+    told = {
+        "noise": "no exported model",
+        "renamed": "it was renamed",
+        "bare": "without its conf",
+        "gone": "no such file",
+    }
+    for name, words in (told | {meta.stem: "metadata that would be evaluated"}).items():
+        with pytest.raises(CheckpointError, match=words) as caught:
+            check_exported(tmp_path / f"{name}.ts", own)
+        assert f"{name}.ts" in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -11,13 +11,13 @@ from mil_toy import make_cohort
 from monai.bundle import ConfigWorkflow
 
 from cytossl_monai.data.bags.features import write_features
-from cytossl_monai.engines.bundle import run_training
+from cytossl_monai.engines.bundle import as_data, run_training
 from cytossl_monai.engines.mil.cross_validate import cross_validate
 from cytossl_monai.engines.mil.few_shot import draw_shots, few_shot_curve
 from cytossl_monai.engines.mil.predict import inference_items
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import CheckpointError, FeatureError, InputError, RunError, TableError
-from cytossl_monai.utils.locks import LockedError, folder_lock
+from cytossl_monai.utils.errors import CheckpointError, FeatureError, InputError, RunError, TableError, plain_cause
+from cytossl_monai.utils.locks import LOCK_NAME, LockedError, folder_lock
 from cytossl_monai.utils.report import RunReport
 
 
@@ -208,6 +208,23 @@ def test_a_fault_of_the_input_that_fails_every_fold_is_told_once(trained, config
         cross_validate(*common, n_folds=3, overlays=str(tmp_path / "hostile.yaml"), num_workers=0)
 
 
+def test_features_of_whole_slides_are_bags_of_one(configs, tmp_path):
+    """(D,) of a slide encoder, without coordinates: cross-validated like any other."""
+    import h5py
+
+    rng, lines = np.random.default_rng(0), ["slide_id,path,label,patient_id"]
+    (tmp_path / "features").mkdir()
+    for number in range(24):
+        with h5py.File(tmp_path / "features" / f"s{number}.h5", "w") as file:
+            file["features"] = (rng.standard_normal(12) + 3 * (number % 2)).astype("f4")
+        lines.append(f"s{number},s{number}.svs,{number % 2},p{number}")
+    (tmp_path / "slides.csv").write_text("\n".join(lines) + "\n")
+    common = (configs / "train.json", tmp_path / "slides.csv", tmp_path / "features", tmp_path / "out")
+    overrides = {"epochs": 4, "min_epochs": 1, "lr": 5e-3, "device": "cpu"}
+    result = cross_validate(*common, n_folds=3, overrides=overrides, num_workers=0, n_resamples=20)
+    assert result.intervals["auc"].value > 0.9
+
+
 def test_two_at_a_time_in_one_folder_is_refused(trained, configs, tmp_path):
     common = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
     with folder_lock(tmp_path, "few-shot curve"):
@@ -215,6 +232,22 @@ def test_two_at_a_time_in_one_folder_is_refused(trained, configs, tmp_path):
             cross_validate(*common, n_folds=3)
         with pytest.raises(LockedError, match="in use by another run"):
             few_shot_curve(*common, shots=(1,), repeats=1)
+        settings = given(trained, output_dir=str(tmp_path), epochs=1)
+        with pytest.raises(RuntimeError) as caught:
+            run_training([configs / "train.json"], settings)
+        assert isinstance(plain_cause(caught.value), LockedError)
+        assert "in use by another run: few-shot curve" in str(plain_cause(caught.value))
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_training_gives_its_folder_back_however_it_ends(trained, configs, tmp_path):
+    settings = given(trained, output_dir=str(tmp_path), epochs=1)
+    with pytest.raises(RuntimeError):
+        run_training([configs / "train.json"], {**settings, "loss": "$lambda *a: [][0]"})
+    assert not (tmp_path / LOCK_NAME).exists()
+    run_training([configs / "train.json"], settings)
+    assert (tmp_path / "model.pt").is_file()
+    assert not (tmp_path / LOCK_NAME).exists()
 
 
 def test_ordinal_slides_get_the_median_grade(tmp_path):
@@ -273,6 +306,28 @@ def test_few_shot_draws_are_nested_and_apart():
     assert np.bincount(labels[four]).tolist() == [4, 4]
     with pytest.raises(TableError, match="ask for fewer"):
         draw_shots(labels, patients, 14, 5)
+
+
+def test_repeats_of_a_few_shot_curve_train_with_seeds_of_their_own(trained, configs, tmp_path, monkeypatch):
+    """Repeat r with seed + r, as it is told: in the training itself, not in the draw of the slides alone."""
+    import shutil
+
+    seeds = []
+
+    def train(files, overrides, data):
+        parser = ConfigWorkflow(list(files), workflow_type="train", logging_file=False, **overrides).parser
+        for key, value in data.items():
+            parser[key] = as_data(value)
+        seeds.append((parser.get_parsed_content("seed"), [i["slide_id"] for i in data["splits"]["train"]]))
+        shutil.copy(trained / "out" / "model.pt", data["model_path"])
+
+    monkeypatch.setattr("cytossl_monai.engines.mil.few_shot.run_training", train)
+    common = (configs / "train.json", trained / "slides.csv", trained / "features")
+    few_shot_curve(*common, tmp_path / "a", shots=(2,), repeats=3, seed=5, num_workers=0)
+    first, seeds[:] = list(seeds), []
+    few_shot_curve(*common, tmp_path / "b", shots=(2,), repeats=1, seed=6, num_workers=0)
+    assert [seed for seed, _ in first] == [5, 6, 7]
+    assert seeds == first[1:2]
 
 
 def test_few_shot_curve(trained, configs, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.mil.base import MILModel
 from cytossl_monai.networks.mil.classifier import MILClassifier, MILPrediction
 from cytossl_monai.networks.mil.targets import class_probabilities, target_loss
+from cytossl_monai.utils.locks import folder_lock
 
 __all__ = [
     "BagInferer",
@@ -54,10 +57,18 @@ class MILTrainer(SupervisedTrainer):
     Args:
         *args: as in ``SupervisedTrainer``.
         clip_norm: largest norm of the gradient; None: as it comes.
+        output_dir: folder that the training writes to: locked meanwhile, so that two do not mix; None locks none.
         **kwargs: as in ``SupervisedTrainer``; ``prepare_batch`` and ``decollate`` are set for bags.
     """
 
-    def __init__(self, *args: Any, clip_norm: float | None = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        clip_norm: float | None = 1.0,
+        output_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.output_dir = output_dir
         kwargs.setdefault("prepare_batch", prepare_bags)
         kwargs.setdefault("decollate", False)
         super().__init__(*args, **kwargs)
@@ -70,6 +81,15 @@ class MILTrainer(SupervisedTrainer):
                 if engine.scaler is not None:
                     engine.scaler.unscale_(engine.optimizer)
                 torch.nn.utils.clip_grad_norm_(engine.network.parameters(), clip_norm)
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            LockedError: when another run trains in ``output_dir``.
+        """
+        with contextlib.nullcontext() if self.output_dir is None else folder_lock(self.output_dir, "MIL training"):
+            super().run()
 
 
 def _steps_now(engine: SupervisedTrainer) -> bool:

@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+logger = logging.getLogger(__name__)
+
+
 class _Data:
     """Holds a value that MONAI's configuration hands on without a look at it."""
 
@@ -95,7 +98,8 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
 
     In this order: the bundle of the configuration that is being read, by ``monai.bundle run``, ``load``,
     ``create_workflow`` or an export, whatever that folder is called; the working directory, if the bundle or a folder
-    of that name lies there; the checkout that this package is installed from.
+    of that name lies there; the checkout that this package is installed from. Where a configuration is being read that
+    lies in no bundle, a warning says whose files stand in.
 
     Args:
         name: the bundle's folder, for example ``cytossl_pretrain``.
@@ -105,12 +109,20 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
         FileNotFoundError: when it is in none of these; give ``--bundle_root`` then.
     """
     here = Path(cwd) if cwd is not None else Path.cwd()
-    for configs in _config_folders(here):  # a copy may have any name
+    reading = list(_config_folders(here))
+    for configs in reading:  # a copy may have any name
         if _is_bundle(configs.parent):
             return str(configs.parent)
     checkout = Path(__file__).resolve().parents[2] / "bundles"
     for folder in (here, here / name, here / "bundles" / name, checkout / name):
         if _is_bundle(folder) and folder.resolve().name == name:
+            if reading:
+                logger.warning(
+                    "the configuration in %s lies in no bundle (beside no metadata.json): models and the output folder are "
+                    "those of %s; give --bundle_root for others",
+                    reading[0],
+                    folder.resolve(),
+                )
             return str(folder.resolve())
     raise FileNotFoundError(f"the bundle {name} is not beside its configuration nor in {here}; give --bundle_root")
 

@@ -220,6 +220,26 @@ def test_a_copy_under_another_name_may_have_settings_of_its_own(tmp_path: Path) 
     assert "did you mean steps?" in refusal([tmp_path / "configs" / "mine.json"], step=1)
 
 
+def test_a_configuration_outside_of_any_bundle_says_whose_files_stand_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its folder's name says nothing, and its neighbours are no bundle: never silently the checkout's."""
+    content = json.loads((PRETRAIN / "train.json").read_text())
+    renamed = tmp_path / "cytossl_pretrain" / "configs"
+    renamed.mkdir(parents=True)
+    (renamed / "train.json").write_text(json.dumps(content))
+    root = begin([renamed / "train.json"]).parser.get_parsed_content("bundle_root")
+    assert root == str(PRETRAIN.parent)
+    assert f"the configuration in {renamed} lies in no bundle" in caplog.text
+    assert f"those of {root}" in caplog.text
+    caplog.clear()
+    (renamed / "metadata.json").write_text("{}")
+    copy = (tmp_path / "cytossl_pretrain").rename(tmp_path / "mine")
+    assert begin([copy / "configs" / "train.json"]).parser.get_parsed_content("bundle_root") == str(copy)
+    assert begin([PRETRAIN / "train.json"]).parser.get_parsed_content("bundle_root") == str(PRETRAIN.parent)
+    assert "lies in no bundle" not in caplog.text
+
+
 def test_kinds_refuse_what_is_none_of_them() -> None:
     for kind, values in (
         (Count(), (True, "x", -1, 0.5, float("inf"), [], {})),

@@ -20,6 +20,7 @@ from cytossl_monai.transforms.nuclei.dictionary import LoadNucleid
 from cytossl_monai.transforms.nuclei.imported import labels_from_geojson, labels_from_map
 from cytossl_monai.transforms.views.dictionary import RandCropAtNucleusd
 from cytossl_monai.utils.errors import InputError
+from cytossl_monai.visualize.geojson import feature_collection
 
 image, truth = draw([Disc(16, 18, 8), Disc(46, 20, 8)])
 
@@ -178,18 +179,46 @@ def test_they_go_on_through_crop_and_perturbation(tmp_path: Path) -> None:
     assert torch.equal(out["image"].as_tensor()[inside], tile.as_tensor()[:, 32:52, 30:50].flatten())
 
 
+def test_what_goes_to_qupath_and_comes_back_lies_where_it_was(tmp_path: Path) -> None:
+    """Of an MRXS slide, whose scanned part begins at (300, 700): QuPath counts from there, both ways."""
+    bounds, tile = (300, 700), np.array([[1000, 1500]])
+    shown = np.array([0.9])
+    content = feature_collection("s", tile, 64, shown, {}, np.array([], int), bounds_offset=bounds)
+    [sent] = content["features"]
+    assert sent["geometry"]["coordinates"][0][0] == [700, 800]
+    sent["properties"]["objectType"] = "detection"
+    (tmp_path / "cells.geojson").write_text(json.dumps(content))
+    sample = {"image": torch.zeros(3, 64, 64), "theirs": tmp_path / "cells.geojson", "x": 984, "y": 1484, "size": 128}
+    back = LoadNucleid("theirs")({**sample, "bounds_offset": bounds})["nuclei"][0]
+    assert np.argwhere(back.numpy()).min(0).tolist() == [8, 8]
+    assert np.argwhere(back.numpy()).max(0).tolist() == [39, 39]
+    np.testing.assert_array_equal(labels_from_geojson(content, (64, 64), (984, 1484), 2.0, bounds) > 0, back)
+    assert not LoadNucleid("theirs")(sample)["nuclei"].equal(back[None])  # without, it lies elsewhere
+
+
 def test_bad_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "torn.geojson").write_text('{"type": "Feature')
     (tmp_path / "list.json").write_text('"text"')
     (tmp_path / "torn.npy").write_text("no array")
+    for empty in ("empty.npy", "empty.png", "empty.tif"):
+        (tmp_path / empty).touch()
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nxxxx")
+    absurd = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000, 10000000), }".ljust(117) + b"\n"
+    (tmp_path / "absurd.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + absurd)
     for name, words in (
+        ("empty.npy", r"empty.npy cannot be read as an instance map \(No data left"),
+        ("empty.png", "empty.png cannot be read"),
+        ("empty.tif", "empty.tif cannot be read"),
+        ("torn.png", r"torn.png cannot be read as an instance map \(broken PNG"),
+        ("absurd.npy", "absurd.npy cannot be read as an instance map"),
         ("torn.geojson", "torn.geojson is no JSON"),
         ("list.json", "list.json is no GeoJSON"),
         ("absent.geojson", "absent.geojson cannot be read"),
         ("torn.npy", "torn.npy cannot be read"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as caught:
             LoadNuclei()(tmp_path / name, image)
+        assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="Polygon whose rings"):
         labels_from_geojson(feature([[1.0, 2.0]]), (4, 4))
     with pytest.raises(ValueError, match="downsample is 0"):

@@ -142,3 +142,16 @@ def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may always
     with pytest.raises(OutputError, match="you may not write there"):
         require_writable(tmp_path)
+
+
+def test_a_file_system_that_is_read_only() -> None:
+    mounts = Path("/proc/mounts")
+    lines = mounts.read_text().splitlines() if mounts.is_file() else []
+    places = [Path(line.split()[1]) for line in lines if "ro" in line.split()[3].split(",")]
+    place = next((place for place in places if place.is_dir()), None)
+    if place is None:
+        pytest.skip("nothing is mounted read-only here")
+    with pytest.raises(OutputError, match="the file system is read-only; give another folder"):
+        require_writable(place / "new")
+    with pytest.raises(OutputError, match=f"cannot write {place}/new.txt: the file system is read-only"):
+        write_text(place / "new.txt", "")

@@ -123,6 +123,7 @@ class LoadNuclei(Transform):
         mpp: float | None = None,
         origin: tuple[float, float] = (0.0, 0.0),
         downsample: float = 1.0,
+        bounds_offset: tuple[float, float] = (0.0, 0.0),
     ) -> NdarrayOrTensor | NucleiInstances:
         """Bring the nuclei of one tile.
 
@@ -133,6 +134,7 @@ class LoadNuclei(Transform):
             mpp: micrometres per pixel, in place of the transform's own.
             origin: of a GeoJSON, see ``labels_from_geojson``.
             downsample: of a GeoJSON, see ``labels_from_geojson``.
+            bounds_offset: of a GeoJSON, see ``labels_from_geojson``.
 
         Returns:
             as ``SegmentNuclei``.
@@ -140,7 +142,7 @@ class LoadNuclei(Transform):
         Raises:
             ValueError: the map has another size than the tile, or cannot be read.
         """
-        return self._give(self.labels(source, img, origin, downsample), img, mpp)
+        return self._give(self.labels(source, img, origin, downsample, bounds_offset), img, mpp)
 
     def labels(
         self,
@@ -148,21 +150,23 @@ class LoadNuclei(Transform):
         img: NdarrayOrTensor,
         origin: tuple[float, float] = (0.0, 0.0),
         downsample: float = 1.0,
+        bounds_offset: tuple[float, float] = (0.0, 0.0),
         name: str = "mask",
     ) -> NDArray[np.int32]:
         """Instance labels, int32 (H, W); arguments as of a call, ``name`` is what messages call the source."""
         shape = (int(img.shape[-2]), int(img.shape[-1]))
         if isinstance(source, Mapping):
-            return labels_from_geojson(source, shape, origin, downsample)
+            return labels_from_geojson(source, shape, origin, downsample, bounds_offset)
         if isinstance(source, (str, os.PathLike)):
             path = Path(source)
             if path.suffix.lower() in (".geojson", ".json"):
-                return labels_from_geojson(path, shape, origin, downsample)
+                return labels_from_geojson(path, shape, origin, downsample, bounds_offset)
             try:
                 source = np.load(path) if path.suffix.lower() == ".npy" else imread(path)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:  # numpy's and Pillow's own
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise InputError(
-                    f"{path} cannot be read as an instance map ({error}); give .npy or an image."
+                    f"{path} cannot be read as an instance map ({reason}); give .npy or an image."
                 ) from error
             name = str(path)
         found = labels_from_map(cast(Any, source), name)

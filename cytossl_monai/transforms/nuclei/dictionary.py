@@ -97,6 +97,8 @@ class LoadNucleid(MapTransform):
             the columns of a tile index.
         y_key: the tile's upper border.
         size_key: side of the tile in level-0 pixels; where absent a pixel of the tile is one of level 0.
+        bounds_key: of a GeoJSON of QuPath, x, y of the scanned part (``Slide.bounds_offset``, which tile indexes hold in
+            their metadata), from which QuPath counts in MRXS slides; 0, 0 where absent.
         allow_missing_keys: leave absent keys alone.
 
     Raises:
@@ -113,13 +115,14 @@ class LoadNucleid(MapTransform):
         y_key: str = "y",
         size_key: str = "size",
         allow_missing_keys: bool = False,
+        bounds_key: str = "bounds_offset",
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.load = LoadNuclei()
         self.image_key = image_key
         self.mask_keys = ensure_tuple_rep(mask_keys, len(self.keys))
         self.labels_keys = ensure_tuple_rep(labels_keys, len(self.keys))
-        self.x_key, self.y_key, self.size_key = x_key, y_key, size_key
+        self.x_key, self.y_key, self.size_key, self.bounds_key = x_key, y_key, size_key, bounds_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the mask (and instance map) of each key to a copy of ``data``."""
@@ -128,10 +131,11 @@ class LoadNucleid(MapTransform):
             raise ValueError(f"{self.image_key} is missing; this dictionary has {sorted(map(str, result))}.")
         image = result[self.image_key]
         origin = (float(result.get(self.x_key, 0.0)), float(result.get(self.y_key, 0.0)))
+        left, top = (float(each) for each in result.get(self.bounds_key, (0.0, 0.0)))
         downsample = float(result[self.size_key]) / image.shape[-1] if self.size_key in result else 1.0
         for key, mask_key, labels_key in self.key_iterator(result, self.mask_keys, self.labels_keys):
             try:
-                labels = self.load.labels(result[key], image, origin, downsample)
+                labels = self.load.labels(result[key], image, origin, downsample, (left, top))
             except ValueError as error:
                 raise ValueError(f"Key {key!r}: {error}") from error
             result[mask_key] = as_output((labels > 0).astype(np.uint8), image)

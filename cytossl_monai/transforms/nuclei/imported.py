@@ -170,6 +170,7 @@ def labels_from_geojson(
     shape: tuple[int, int],
     origin: tuple[float, float] = (0.0, 0.0),
     downsample: float = 1.0,
+    bounds_offset: tuple[float, float] = (0.0, 0.0),
 ) -> NDArray[np.int32]:
     """Draw the polygons of a GeoJSON, as QuPath exports them, into the instance map of a tile.
 
@@ -178,14 +179,16 @@ def labels_from_geojson(
     detections too. Each polygon is an instance, also in the MultiPolygon of a class that CellViT writes. Where polygons
     overlap, the later one wins.
 
-    QuPath crops slides with an ``openslide.bounds-x`` (MRXS) and counts from the scanned part: subtract
-    ``Slide.bounds_offset`` from ``origin`` there.
+    QuPath crops slides with an ``openslide.bounds-x`` (MRXS) and counts from the scanned part: ``bounds_offset`` says
+    where that begins. `feature_collection` takes the same off again, so what goes out and comes back lies where it was.
 
     Args:
         source: a file, or what it holds: a FeatureCollection, a feature, a geometry, or a list of them.
         shape: (H, W) of the tile in pixels.
         origin: x, y of the tile's top-left corner in the polygons' pixels (level 0 of the slide).
         downsample: pixels of level 0 to one pixel of the tile.
+        bounds_offset: x, y of the scanned part within level 0, ``Slide.bounds_offset``, where the polygons count from
+            it; 0, 0 where they count from level 0, as CellViT's and TRIDENT's do.
 
     Returns:
         int32 (H, W), 0 is background, 1..n the nuclei that show in the tile.
@@ -210,6 +213,7 @@ def labels_from_geojson(
     nuclei = [one for one in objects if not _is_annotation(one)]
     labels = np.zeros(shape, dtype=np.int32)
     number = 0
+    corner = np.asarray(origin, dtype=np.float64) - np.asarray(bounds_offset, dtype=np.float64)
     # A file of annotations alone: somebody outlined the nuclei by hand.
     for feature in nuclei or objects:
         for rings in _polygons(feature.get("nucleusGeometry") or feature.get("geometry"), name):
@@ -217,7 +221,7 @@ def labels_from_geojson(
             inside = np.zeros(shape, dtype=bool)
             for index, ring in enumerate(rings):
                 # A pixel is covered where its centre is: that of pixel 0 lies at 0.5.
-                columns, rows = ((ring - np.asarray(origin)) / downsample - 0.5).T
+                columns, rows = ((ring - corner) / downsample - 0.5).T
                 inside[polygon(rows, columns, shape)] = index == 0
             labels[inside] = number
     return _numbered(labels)

@@ -118,8 +118,8 @@ def bundle_root(name: str, cwd: str | os.PathLike[str] | None = None) -> str:
         if _is_bundle(folder) and folder.resolve().name == name:
             if reading:
                 logger.warning(
-                    "the configuration in %s lies in no bundle (beside no metadata.json): models and the output folder are "
-                    "those of %s; give --bundle_root for others",
+                    "the configuration in %s lies in no bundle (beside no metadata.json): models and the output folder "
+                    "are those of %s; give --bundle_root for others",
                     reading[0],
                     folder.resolve(),
                 )

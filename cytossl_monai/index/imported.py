@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 from skimage.measure import points_in_poly
 
@@ -25,8 +24,8 @@ from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
 from cytossl_monai.index.damage import check_unreadable
 from cytossl_monai.index.low_power import Grid
 from cytossl_monai.transforms.nuclei.mask import nuclei_mask
-from cytossl_monai.utils.errors import TableError, failure
-from cytossl_monai.utils.files import file_fingerprint
+from cytossl_monai.utils.errors import TableError, failure, reason
+from cytossl_monai.utils.files import file_fingerprint, read_json
 from cytossl_monai.utils.parallel import run_parallel
 from cytossl_monai.utils.report import RunReport
 
@@ -56,8 +55,19 @@ def read_coordinates(path: str | os.PathLike[str], slide: Slide) -> tuple[np.nda
         with h5py.File(path, "r") as file:
             coords = np.asarray(file["coords"][()])
             attrs = {str(key): value for key, value in file["coords"].attrs.items()}
-    except (OSError, KeyError, ValueError) as error:
-        raise TableError(f"{path}: has no readable 'coords' ({error}); cut the slide again") from error
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        raise TableError(f"{path}: has no readable 'coords' ({reason(error)}); cut the slide again") from error
+    try:
+        return _places(path, coords, attrs, slide)
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, TableError):
+            raise
+        raise TableError(f"{path}: its coords or what they say of themselves are no numbers ({error})") from error
+
+
+def _places(
+    path: Path, coords: np.ndarray, attrs: Mapping[str, Any], slide: Slide
+) -> tuple[np.ndarray, int, int, float]:
     if coords.ndim != 2 or coords.shape[1] != 2 or not len(coords):
         raise TableError(f"{path}: its coords are {coords.shape}, not (N, 2) with a tile; cut the slide again")
     if "patch_size" not in attrs:
@@ -81,6 +91,10 @@ def read_coordinates(path: str | os.PathLike[str], slide: Slide) -> tuple[np.nda
     for name, own in (("level0_width", slide.width), ("level0_height", slide.height)):
         if name in attrs and int(attrs[name]) != own:
             raise TableError(f"{path}: is of a slide with {name} {int(attrs[name])}, {slide.path} has {own}.")
+    if side < 1 or pixels < 1:
+        raise TableError(f"{path}: has tiles of {pixels} pixels, {side} at level 0; cut the slide again")
+    if not np.isfinite(coords).all():
+        raise TableError(f"{path}: has coords that are no places; cut the slide again")
     coords = np.rint(coords).astype(np.int64)
     if (coords < 0).any() or (coords >= (slide.width, slide.height)).any():
         raise TableError(f"{path}: has tiles outside of {slide.path} ({slide.width} x {slide.height}): another slide?")
@@ -114,8 +128,8 @@ def tissue_at(path: str | os.PathLike[str], points: np.ndarray, size: tuple[int,
     try:
         with Image.open(path) as picture:
             mask = np.asarray(picture.convert("L")) > 0
-    except (OSError, UnidentifiedImageError) as error:
-        raise TableError(f"{path}: cannot be read as a mask ({error}); give a picture or GeoJSON") from error
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise TableError(f"{path}: cannot be read as a mask ({reason(error)}); give a picture or GeoJSON") from error
     rows = (points[:, 1] * mask.shape[0] / size[1]).astype(int).clip(0, mask.shape[0] - 1)
     columns = (points[:, 0] * mask.shape[1] / size[0]).astype(int).clip(0, mask.shape[1] - 1)
     return mask[rows, columns]
@@ -124,7 +138,7 @@ def tissue_at(path: str | os.PathLike[str], points: np.ndarray, size: tuple[int,
 def _polygons(path: Path) -> list[list[np.ndarray]]:
     """Rings of each polygon, the outer one first."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "export the contours again", TableError)
         features = content if isinstance(content, list) else content.get("features", [content])
         polygons: list[list[np.ndarray]] = []
         for feature in features:
@@ -133,8 +147,10 @@ def _polygons(path: Path) -> list[list[np.ndarray]]:
             if parts is not None:
                 for rings in parts(shape["coordinates"]):
                     polygons.append([np.asarray(ring, dtype=float)[:, :2] for ring in rings])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise TableError(f"{path}: is no GeoJSON of polygons ({error}); export the contours again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, TableError):
+            raise
+        raise TableError(f"{path}: is no GeoJSON of polygons ({reason(error)}); export the contours again") from error
     if not polygons:
         raise TableError(f"{path}: holds no polygon; export the contours again, or leave the slide out")
     return polygons

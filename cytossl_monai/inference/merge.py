@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ import pandas as pd
 
 from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.utils.cells import plain_cell, stored_cell
-from cytossl_monai.utils.errors import ShardError
-from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.utils.errors import ShardError, reason
+from cytossl_monai.utils.files import atomic_path, read_json
 from cytossl_monai.utils.report import ItemStatus, RunReport
 from cytossl_monai.utils.shard import Shard, shard_reports
 from cytossl_monai.visualize.cohort_page import write_cohort_page
@@ -84,15 +83,18 @@ def merge_shards(
 
 
 def _read_report(path: Path) -> list[ItemStatus]:
-    with open(path, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
     try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+        if "item" not in (reader.fieldnames or ()):
+            raise ValueError("without the column item")  # without rows it may be: a shard can be of no slide
         return [
             ItemStatus(stored_cell(r["item"]), r["status"], stored_cell(r["message"]), float(r["seconds"]))  # type: ignore[arg-type]
             for r in rows
         ]
-    except (KeyError, ValueError, TypeError) as error:
-        raise ShardError(f"{path} is not a report of a shard ({error}); run that shard again") from error
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        raise ShardError(f"{path} is not a report of a shard ({reason(error)}); run that shard again") from error
 
 
 def _write_pages(folder: Path, report: RunReport) -> None:
@@ -106,7 +108,7 @@ def _write_pages(folder: Path, report: RunReport) -> None:
         if not path.is_file():
             lost[item.item] = f"{path} is gone; run its shard again"
             continue
-        answers.append(json.loads(path.read_text(encoding="utf-8")))
+        answers.append(read_json(path, "delete it and run its shard again", ShardError))
     if answers:
         write_predictions(folder / "predictions.csv", answers, {**failed, **lost})
         write_cohort_page(folder / "index.html", answers, {**failed, **lost})

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from cytossl_monai.networks.nets.encoder import MEAN, STD, Encoder
@@ -20,6 +19,7 @@ from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.networks.weight_files import HUB, file_sha256, find_weights
 from cytossl_monai.networks.weights import load_vit_weights
 from cytossl_monai.utils.errors import CheckpointError
+from cytossl_monai.utils.files import read_yaml
 
 __all__ = ["ARCHITECTURES", "EncoderCard", "card_encoder", "card_network", "read_card", "wrap_network"]
 
@@ -129,10 +129,7 @@ def read_card(path: str | os.PathLike[str]) -> EncoderCard:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such card. The cards of published encoders are in configs/encoders.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: is no YAML ({error}).") from error
+    content = read_yaml(path, "the cards of published encoders are in configs/encoders", CheckpointError)
     known = {entry.name for entry in fields(EncoderCard)} - {"path"}
     if not isinstance(content, Mapping) or "name" not in content:
         raise CheckpointError(f"{path}: is no encoder card: it needs at least a name. See configs/encoders.")
@@ -140,6 +137,9 @@ def read_card(path: str | os.PathLike[str]) -> EncoderCard:
     if unknown:
         raise CheckpointError(f"{path}: does not know {', '.join(unknown)}; a card holds {', '.join(sorted(known))}.")
     facts = dict(content)
+    for key in ("network", "positions"):
+        if not isinstance(facts.get(key, {}), Mapping):
+            raise CheckpointError(f"{path}: {key} must be a dictionary; it is {facts[key]!r}.")
     try:
         for key in ("mean", "std"):
             if key in facts:

@@ -111,8 +111,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 def _read_shards(index: Path) -> Mapping[str, Any]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (KeyError, ValueError, AttributeError, OSError) as error:
+        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{index}: is no index of weights in parts ({error}). Copy the folder again.") from error
     state: dict[str, Any] = {}
     for name in names:

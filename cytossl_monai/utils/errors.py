@@ -22,6 +22,7 @@ __all__ = [
     "failure",
     "input_error",
     "plain_cause",
+    "reason",
 ]
 
 
@@ -109,6 +110,12 @@ def plain_cause(error: BaseException) -> BaseException:
         seen.add(id(inner))
         inner = inner.__cause__ or inner.__context__
     return error
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, in one line of at most 160 characters, for the brackets of a sentence."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:160] or type(error).__name__
 
 
 def failure(error: Exception) -> str:

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cytossl_monai.utils.errors import CheckpointError, InputError, OutputError
+from cytossl_monai.utils.errors import CheckpointError, InputError, OutputError, reason
 
 __all__ = [
     "atomic_path",
     "file_fingerprint",
     "process_born",
+    "read_json",
     "read_torch",
+    "read_yaml",
     "remove_partials",
     "require_writable",
     "sha256_file",
@@ -203,6 +205,33 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         ValueError: when ``content`` holds NaN or infinity, which JSON does not know.
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], advice: str, kind: type[InputError] = InputError) -> Any:
+    """Read a JSON file that a user gave, with or without a byte-order mark.
+
+    Args:
+        path: the file.
+        advice: what to do about one that cannot be read.
+        kind: of the error that is raised then.
+
+    Raises:
+        InputError: when it is missing, no text, no JSON, or nested beyond all measure; of the kind asked for.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise kind(f"{path} cannot be read as JSON ({reason(error)}); {advice}") from error
+
+
+def read_yaml(path: str | os.PathLike[str], advice: str, kind: type[InputError] = InputError) -> Any:
+    """Read a YAML file that a user gave, see ``read_json``. Nothing in it is executed."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise kind(f"{path} cannot be read as YAML ({reason(error)}); {advice}") from error
 
 
 def read_torch(path: str | os.PathLike[str], what: str, device: Any = "cpu") -> Any:

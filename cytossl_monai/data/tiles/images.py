@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -13,17 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from cytossl_monai.data.tiles.dataset import Item, Key, apply_transform, split_keys
 from cytossl_monai.utils.errors import InputError, TableError
-from cytossl_monai.utils.files import visible_files
+from cytossl_monai.utils.files import read_json, visible_files
 
 __all__ = ["ImageFolder", "ImageRecord", "cut_field", "fit_square", "image_size", "list_images"]
 
 Fill = Literal["reflect", "glass"]
 
+_UNREADABLE = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError)
+"""What Pillow raises over damaged files, and over sizes that no memory holds."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
@@ -75,11 +76,16 @@ def list_images(source: str | os.PathLike[str], key: str = "training") -> list[I
     if not source.is_file():
         raise TableError(f"image source {source} does not exist; give a folder, a CSV table or a JSON datalist")
     if source.suffix.lower() == ".json":
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = read_json(source, "give a datalist: a list of {'image': ...}", TableError)
         rows = content.get(key, []) if isinstance(content, dict) else content
+        if not isinstance(rows, list):
+            raise TableError(f"{source} holds no list of images but {type(rows).__name__}; give one entry an image")
     else:
-        with open(source, newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
+        try:
+            with open(source, newline="", encoding="utf-8-sig") as stream:
+                rows = list(csv.DictReader(stream))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise TableError(f"{source} cannot be read as a table ({error}); save it as CSV in UTF-8") from error
     records = [_record(row, source, line) for line, row in enumerate(rows, start=1)]
     if not records:
         section = f" under {key!r}" if source.suffix.lower() == ".json" else ""
@@ -87,7 +93,11 @@ def list_images(source: str | os.PathLike[str], key: str = "training") -> list[I
     return records
 
 
-def _record(row: dict[str, Any], table: Path, line: int) -> ImageRecord:
+def _record(row: Any, table: Path, line: int) -> ImageRecord:
+    if isinstance(row, str):
+        row = {"image": row}
+    if not isinstance(row, dict):
+        raise TableError(f"{table}, entry {line}: {str(row)[:60]!r} is no image; give {{'image': its path}} there")
     name = row.get("image") or row.get("path")
     if not name:
         raise TableError(f"{table}, entry {line}: no 'image'; give the image's path there")
@@ -96,15 +106,27 @@ def _record(row: dict[str, Any], table: Path, line: int) -> ImageRecord:
         path = table.parent / "images" / str(name)
     label = row.get("label", row.get("class"))
     group = row.get("group", row.get("patient_id"))
-    x, y = row.get("x"), row.get("y")
+    x, y = (_place(row.get(axis), axis, table, line) for axis in "xy")
     return ImageRecord(
         path,
         None if label in (None, "") else str(label),
         # Cells of one frame are alike whatever their class: the image holds them together, never the label.
         str(path) if group in (None, "") else str(group),
-        None if x in (None, "") else float(x),  # type: ignore[arg-type]
-        None if y in (None, "") else float(y),  # type: ignore[arg-type]
+        x,
+        y,
     )
+
+
+def _place(value: Any, axis: str, table: Path, line: int) -> float | None:
+    if value in (None, ""):
+        return None
+    try:
+        place = float(value)
+        if math.isfinite(place):
+            return place
+    except (TypeError, ValueError):
+        pass
+    raise TableError(f"{table}, entry {line}: {axis} is {str(value)[:60]!r}; give the pixel to crop around")
 
 
 def cut_field(image: np.ndarray, x: float, y: float, side: int, fill: Fill = "reflect") -> np.ndarray:
@@ -340,7 +362,7 @@ def _load_rgb(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError as error:
         raise InputError(f"image {path} does not exist; correct its path in the table") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"image {path} cannot be read ({error}); leave it out or replace it") from error
 
 
@@ -351,5 +373,5 @@ def image_size(path: Path) -> tuple[int, int]:
             return image.size
     except FileNotFoundError as error:
         raise InputError(f"image {path} does not exist; correct its path in the table") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"image {path} cannot be read ({error}); leave it out or replace it") from error

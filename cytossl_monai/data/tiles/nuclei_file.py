@@ -94,10 +94,17 @@ class NucleusTable:
         stored = (arrow.schema.metadata or {}).get(_META_KEY)
         if stored is None:
             raise TableError(f"{path} is no table of nuclei; give the folder that index.json wrote")
-        meta: dict[str, Any] = json.loads(stored)
-        if int(meta.get("version", 0)) > VERSION:
+        try:
+            meta: dict[str, Any] = dict(json.loads(stored))
+            version = int(meta.get("version", 0))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise TableError(f"table of nuclei {path} is damaged ({error}); delete it and index again") from error
+        if version > VERSION:
             raise TableError(
                 f"table of nuclei {path} is of version {meta['version']}, this program reads up to {VERSION}; "
                 "update the program or index the slide again"
             )
-        return cls(arrow.to_pandas(), meta)
+        try:
+            return cls(arrow.to_pandas(), meta)
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from error

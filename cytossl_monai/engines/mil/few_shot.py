@@ -23,7 +23,7 @@ from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import InputError, RunError, TableError, plain_cause
+from cytossl_monai.utils.errors import InputError, RunError, TableError, plain_cause, reason
 from cytossl_monai.utils.files import atomic_path, file_fingerprint, require_writable
 from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
@@ -164,11 +164,29 @@ def few_shot_curve(
         return _curve(folder, jobs, stamp, num_workers)
 
 
+def _known_runs(path: Path, stamp: str) -> list[dict[str, Any]]:
+    """The runs that a file tells of, made with the same data and settings.
+
+    Raises:
+        TableError: when the file is no table of runs; it is not overwritten.
+    """
+    if not path.is_file():
+        return []
+    try:
+        known = pd.read_csv(path)
+        if absent := {"stamp", "shots", "repeat", "auc"} - set(known.columns):
+            raise ValueError(f"without {', '.join(sorted(absent))}")
+        return known[known["stamp"] == stamp].to_dict("records")
+    except (ValueError, OSError) as error:
+        raise TableError(
+            f"{path} is no table of runs ({reason(error)}); delete it, or give another output folder"
+        ) from error
+
+
 def _curve(folder: Path, jobs: Sequence[_Shot], stamp: str, num_workers: int | None) -> pd.DataFrame:
     """Do the runs that are not done yet, then table and picture of them all."""
     path = folder / "few_shot_runs.csv"
-    known = pd.read_csv(path) if path.is_file() else pd.DataFrame()
-    rows: list[Any] = known[known["stamp"] == stamp].to_dict("records") if len(known) else []
+    rows = _known_runs(path, stamp)
     done = {(row["shots"], row["repeat"]) for row in rows}
     waiting = [job for job in jobs if (job.shots, job.repeat) not in done]
     workers = (1 if torch.cuda.is_available() else default_workers()) if num_workers is None else num_workers

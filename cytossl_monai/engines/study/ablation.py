@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from cytossl_monai.data.tiles.labelled import LabelledImages
 from cytossl_monai.engines.bundle import run_training
@@ -23,7 +22,7 @@ from cytossl_monai.engines.study.representation import encode, figures_of, label
 from cytossl_monai.metrics.logged import read_log
 from cytossl_monai.networks.files import build_encoder, load_encoder
 from cytossl_monai.utils.errors import InputError
-from cytossl_monai.utils.files import read_torch, write_json
+from cytossl_monai.utils.files import read_json, read_torch, read_yaml, write_json
 
 __all__ = ["ARMS", "AblationRun", "AblationStudy", "read_study"]
 
@@ -72,7 +71,7 @@ def read_study(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"study {path} does not exist; copy configs/study/ablation.yaml and adapt it")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path, "look at configs/study/ablation.yaml")
     found = set(content) if isinstance(content, dict) else set()
     if found != _KEYS:
         wrong = ", ".join(sorted(found ^ _KEYS))
@@ -170,7 +169,8 @@ class AblationStudy:
         folder = self.folder(run)
         made_from, model = folder / "run.json", folder / "models" / "model.pt"
         if made_from.is_file():
-            before = json.loads(made_from.read_text(encoding="utf-8"))["fingerprint"]
+            told = read_json(made_from, "delete it to do the run again")
+            before = told.get("fingerprint") if isinstance(told, dict) else None
             if before != run.fingerprint():
                 raise InputError(f"{folder} holds a run with other settings; delete it or give another output folder")
         else:
@@ -187,8 +187,8 @@ class AblationStudy:
         """Rows of a trained run: one a task; see ``rows``."""
         result = self.folder(run) / "result.json"
         if result.is_file():
-            kept = json.loads(result.read_text(encoding="utf-8"))
-            if kept["tasks"] == json.loads(json.dumps(self.study["tasks"])):
+            kept = read_json(result, "delete it to evaluate the run again")
+            if isinstance(kept, dict) and kept.get("tasks") == json.loads(json.dumps(self.study["tasks"])):
                 return list(kept["rows"])
         encoder, meta = load_encoder(self.folder(run) / "models" / "model.pt")
         rows = self._probe(encoder, {"method": run.method, "arm": run.arm, "steps": meta["steps"]}, device)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from scipy import stats
 
 from cytossl_monai.engines.study.ablation import AblationRun, AblationStudy
 from cytossl_monai.engines.study.representation import FIGURES
 from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.files import read_yaml
 
 __all__ = ["PaperStudy", "paired_over_seeds", "paper_table", "read_paper_study"]
 
@@ -35,7 +35,7 @@ def read_paper_study(path: str | os.PathLike[str], scale: str = "small") -> dict
     path = Path(path)
     if not path.is_file():
         raise InputError(f"study {path} does not exist; copy configs/study/paper.yaml and adapt it")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path, "look at configs/study/paper.yaml")
     found = set(content) if isinstance(content, dict) else set()
     if found - {"slides"} != _KEYS:
         wrong = ", ".join(sorted((found - {"slides"}) ^ _KEYS))

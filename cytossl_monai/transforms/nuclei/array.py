@@ -22,7 +22,7 @@ from cytossl_monai.transforms.nuclei.instances import as_output, check_image, ch
 from cytossl_monai.transforms.nuclei.mask import nuclei_mask
 from cytossl_monai.transforms.nuclei.regions import RegionRules
 from cytossl_monai.transforms.nuclei.table import NucleiInstances, describe_nuclei
-from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.errors import InputError, reason
 
 __all__ = ["LoadNuclei", "NucleiInstances", "RegionRules", "SegmentNuclei", "Source"]
 
@@ -164,9 +164,8 @@ class LoadNuclei(Transform):
             try:
                 source = np.load(path) if path.suffix.lower() == ".npy" else imread(path)
             except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:  # numpy's and Pillow's own
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise InputError(
-                    f"{path} cannot be read as an instance map ({reason}); give .npy or an image."
+                    f"{path} cannot be read as an instance map ({reason(error)}); give .npy or an image."
                 ) from error
             name = str(path)
         found = labels_from_map(cast(Any, source), name)

@@ -97,8 +97,8 @@ class LoadNucleid(MapTransform):
             the columns of a tile index.
         y_key: the tile's upper border.
         size_key: side of the tile in level-0 pixels; where absent a pixel of the tile is one of level 0.
-        bounds_key: of a GeoJSON of QuPath, x, y of the scanned part (``Slide.bounds_offset``, which tile indexes hold in
-            their metadata), from which QuPath counts in MRXS slides; 0, 0 where absent.
+        bounds_key: of a GeoJSON of QuPath, x, y of the scanned part (``Slide.bounds_offset``, also in the metadata of
+            tile indexes), from which QuPath counts in MRXS slides; 0, 0 where absent.
         allow_missing_keys: leave absent keys alone.
 
     Raises:

@@ -11,7 +11,7 @@ from ignite.engine import Events
 from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.metrics.logged import HEADER, read_log, scalars
 from cytossl_monai.utils.distributed import is_main
-from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.utils.files import atomic_path, writing
 
 __all__ = ["CSVLog"]
 
@@ -56,5 +56,5 @@ class CSVLog:
 
     def write(self, step: int, epoch: int, figures: dict[str, float]) -> None:
         """Append figures; the file is closed in between, so that a killed run loses none."""
-        with open(self.path, "a", newline="", encoding="utf-8") as stream:
+        with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows((step, epoch, name, repr(value)) for name, value in figures.items())

@@ -9,24 +9,18 @@ import argparse
 import multiprocessing
 import os
 import platform
-import random
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from kills import KILLED, run_kills
 from malformed import CLASSES, Whole
 
-from cytossl_monai.data.synthetic.slides import make_slides
-from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.utils.errors import InputError
 
 LIMIT = 60
@@ -89,75 +83,6 @@ def run_malformed(cases: int, seed: int = 0, names: list[str] | None = None) -> 
     return counts
 
 
-INDEX = (
-    "import sys; from cytossl_monai.index.build import SlideIndexer\n"
-    "sys.exit(SlideIndexer(sys.argv[1], sys.argv[2], num_workers=1, progress=False).run().exit_code)"
-)
-EMBED = (
-    "import sys; from cytossl_monai.inference.embed import embed_slides\n"
-    "from cytossl_monai.data.slide_table import read_slide_table\n"
-    "from cytossl_monai.networks.files import load_encoder\n"
-    "encoder, _ = load_encoder(sys.argv[4])\n"
-    "report = embed_slides(read_slide_table(sys.argv[1]), sys.argv[3], sys.argv[2], encoder, progress=False)\n"
-    "sys.exit(report.exit_code)"
-)
-
-
-def start(code: str, *arguments: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """What a finished run has made, without times of day."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".parquet":
-            index = TileIndex.read(path)
-            found[path.name] = (index.table.to_csv(), str({k: v for k, v in index.meta.items() if k != "slide_mtime"}))
-        elif path.suffix == ".h5":
-            import h5py
-
-            with h5py.File(path) as file:
-                found[path.name] = (file["features"][()].tobytes(), file["coords"][()].tobytes())
-        elif path.suffix == ".csv":
-            found[path.name] = sorted(pd.read_csv(path)["item"])
-        elif not path.name.startswith("."):
-            found[path.name] = path.stat().st_size
-    return found
-
-
-def run_kills(kills: int, seed: int = 0) -> dict[str, Counter[str]]:
-    """Index and embed killed at random moments, then run again: equal to a run that nobody killed?"""
-    counts: dict[str, Counter[str]] = {"index": Counter(), "embed": Counter()}
-    draw = random.Random(seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        (root / "inputs").mkdir()
-        whole = Whole(root / "inputs")
-        table = make_slides(root / "slides", 3, 1024, seed=3, blur=0, progress=False)
-        for step, code in (("index", INDEX), ("embed", EMBED)):
-            more = () if step == "index" else (root / "index", whole.encoder)
-            begin = time.perf_counter()
-            assert start(code, table, root / step, *more).wait(300) == 0
-            length = time.perf_counter() - begin
-            expected = contents(root / step)
-            for number in range(kills):
-                out = root / f"{step}{number}"
-                process = start(code, table, out, *more)
-                time.sleep(draw.uniform(0.3, 1.0) * length)
-                how = draw.choice([signal.SIGKILL, signal.SIGTERM])
-                if process.poll() is None:
-                    os.killpg(process.pid, how)
-                process.wait(60)
-                again = start(code, table, out, *more).wait(300)
-                same = again == 0 and contents(out) == expected
-                left = [p.name for p in out.iterdir() if ".partial" in p.name]
-                counts[step]["equal" if same and not left else "left over" if same else "differs"] += 1
-    return counts
-
-
 def page(malformed: dict[str, Counter[str]], kills: dict[str, Counter[str]], command: str) -> str:
     total: Counter[str] = sum(malformed.values(), Counter())
     lines = [
@@ -179,11 +104,11 @@ def page(malformed: dict[str, Counter[str]], kills: dict[str, Counter[str]], com
         lines.append(f"| {name} | {counts.total()} | " + " | ".join(str(counts[o]) for o in OUTCOMES) + " |")
     lines += [
         "",
-        "| killed step | runs | equal after the next run | equal, a partial file left | differs |",
-        "|---|---:|---:|---:|---:|",
+        "| killed step | runs | equal after the next run | equal, something unfinished left | differs | had ended |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for step, counts in kills.items():
-        figures = " | ".join(str(counts[o]) for o in ("equal", "left over", "differs"))
+        figures = " | ".join(str(counts[o]) for o in KILLED)
         lines.append(f"| {step} | {counts.total()} | {figures} |")
     lines += [
         "",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from campaign import run_kills, run_malformed
+from campaign import run_malformed
+from kills import run_kills
 from malformed import CLASSES
 
 CASES = int(os.environ.get("CYTOSSL_ROBUSTNESS", "2"))
@@ -26,4 +27,4 @@ def test_malformed_inputs_are_read_or_refused_in_a_sentence(counts, name):
 
 def test_killed_runs_come_back_equal():
     for step, found in run_kills(max(1, CASES // 10)).items():
-        assert set(found) == {"equal"}, (step, found)
+        assert set(found) <= {"equal", "too late"}, (step, found)

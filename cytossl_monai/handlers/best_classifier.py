@@ -62,6 +62,8 @@ class BestClassifier:
         self.evaluator, self.classifier, self.path = evaluator, classifier, Path(path)
         self.patience, self.min_epochs, self.calibrate = patience, min_epochs, calibrate
         self.prior, self.prevalence = prior, prevalence
+        if prevalence is not None:  # now, and not after the training
+            classifier.check_prevalence(prevalence)
         self.log_path = None if log_path is None else Path(log_path)
         self.best: dict[str, Any] = {"auc": -math.inf, "loss": math.inf, "epoch": 0}
         self.history: list[dict[str, float]] = []

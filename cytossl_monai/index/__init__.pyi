@@ -1,5 +1,4 @@
 from .build import (
-    IndexSettings as IndexSettings,
     SlideIndexer as SlideIndexer,
     index_slide as index_slide,
     index_slides as index_slides,
@@ -8,6 +7,7 @@ from .detected import detected_nuclei as detected_nuclei, read_detections as rea
 from .fields import NucleusFields as NucleusFields, instance_fields as instance_fields
 from .imported import TileImporter as TileImporter, import_index as import_index
 from .low_power import InkRules as InkRules
+from .settings import IndexSettings as IndexSettings
 
 __all__ = [
     "IndexSettings",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,10 @@ from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import COLUMNS, VERSION, TileIndex
 from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
 from cytossl_monai.index.damage import find_unreadable, why_empty
-from cytossl_monai.index.low_power import Grid, InkRules, look_at_low_power
+from cytossl_monai.index.low_power import Grid, look_at_low_power
 from cytossl_monai.index.nuclei import NucleusRules, count_nuclei
 from cytossl_monai.index.overview import draw_overview
+from cytossl_monai.index.settings import IndexSettings
 from cytossl_monai.utils.errors import TableError, failure
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.locks import LockedError, item_lock
@@ -37,59 +38,6 @@ _Found = tuple[TileIndex, NucleusTable]
 
 class EmptySlideError(TableError):
     """No tile of the slide is worth keeping."""
-
-
-@dataclass(frozen=True)
-class IndexSettings:
-    """Which tiles to look for and which to keep. Densities are optical densities, log10 of glass over pixel.
-
-    Args:
-        tile_size: side of a tile in pixels at ``mpp``.
-        mpp: micrometres per pixel that tiles are to be read at.
-        search_mpp: micrometres per pixel of the look at low power that proposes tiles.
-        nuclei_mpp: micrometres per pixel at which nuclei are counted.
-        foreground_density: a pixel denser than this against the slide's own glass is foreground.
-        nuclear_density: a pixel denser than this in red and in green may belong to a nucleus.
-        min_dark_um2: a tile is proposed when this much of it may belong to nuclei, square micrometres.
-        min_nucleus_um2: least area of a nucleus, square micrometres.
-        min_contrast: density by which a nucleus exceeds its surroundings.
-        min_edge: density per micrometre at a nucleus' steepest edge.
-        max_elongation: length over width of a nucleus; threads have more.
-        min_nuclei: a tile is kept when it holds at least so many nuclei.
-        min_sharpness: tiles less sharp than this are left out; the slide's sharp tiles have about 1.
-        max_ink_fraction: tiles with more than this share under a pen mark are left out.
-        max_unreadable: a slide fails when more than this share of the tiles worth looking at cannot be decoded soundly;
-            up to it they are left out and counted.
-        ink: what is a pen mark.
-    """
-
-    tile_size: int = 224
-    mpp: float = 0.5
-    search_mpp: float = 4.0
-    nuclei_mpp: float = 1.0
-    foreground_density: float = 0.04
-    nuclear_density: float = 0.1
-    min_dark_um2: float = 12.0
-    min_nucleus_um2: float = 10.0
-    min_contrast: float = 0.06
-    min_edge: float = 0.05
-    max_elongation: float = 4.0
-    min_nuclei: int = 1
-    min_sharpness: float = 0.35
-    max_ink_fraction: float = 0.1
-    max_unreadable: float = 0.05
-    ink: InkRules = field(default_factory=InkRules)
-
-    def __post_init__(self) -> None:
-        if self.tile_size < 16:
-            raise ValueError(f"tile_size must be at least 16 pixels, not {self.tile_size}")
-        for name in ("mpp", "search_mpp", "nuclei_mpp"):
-            if not 0.05 <= getattr(self, name) <= 20:
-                raise ValueError(f"{name} must be 0.05 to 20 micrometres per pixel, not {getattr(self, name)}")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable must be a share, 0 to 1, not {self.max_unreadable}")
-        if self.min_nuclei < 0:
-            raise ValueError(f"min_nuclei must be 0 or more, not {self.min_nuclei}")
 
 
 def index_slide(
@@ -366,10 +314,7 @@ class SlideIndexer:
         shard: str | None = None,
         cache: SlideCache | None = None,
     ) -> None:
-        chosen = dict(settings or {})
-        if isinstance(chosen.get("ink"), dict):
-            chosen["ink"] = InkRules(**chosen["ink"])
-        self.settings = IndexSettings(**chosen)
+        self.settings = IndexSettings.of(settings or {})
         self.slides, self.output_dir = Path(slides), Path(output_dir)
         self.num_workers, self.device, self.overview, self.progress = num_workers, device, overview, progress
         self.shard, self.cache = choose_shard(shard), cache

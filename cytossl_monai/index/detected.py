@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 from skimage.measure import find_contours
 from tifffile import TiffFileError, imread
@@ -20,7 +20,7 @@ from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
 from cytossl_monai.data.tiles.outlines import KnownNuclei, NucleusOutlines
 from cytossl_monai.transforms.nuclei.imported import labels_from_map, nuclei_from_geojson
-from cytossl_monai.utils.errors import InputError, TableError
+from cytossl_monai.utils.errors import InputError, TableError, reason
 from cytossl_monai.utils.files import file_fingerprint, visible_files
 from cytossl_monai.utils.locks import item_lock
 
@@ -34,6 +34,11 @@ ENDINGS = (
     *("_cp_outlines.txt", "_cell_detection.json", "/cell_detection.json", ".csv"),
 )
 """How a detector's file of a slide may end, outlines before points."""
+_UNREADABLE = (
+    *(OSError, EOFError, SyntaxError, MemoryError, RecursionError, UnicodeDecodeError, csv.Error, TiffFileError),
+    Image.DecompressionBombError,
+)
+"""What numpy, Pillow, tifffile and Python raise over damaged files, and over sizes that no memory holds."""
 _POINT_UM = 4.0
 """Radius of the disc that stands for a point: about that of an intermediate cell's nucleus."""
 _VERSION = 1
@@ -74,8 +79,10 @@ def read_detections(
             outlines, points = [], _from_table(path)
         else:
             outlines = list(_from_map(path, size))
-    except (OSError, UnidentifiedImageError, TiffFileError, RecursionError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"nuclei {path} cannot be read ({error}); write them again with the detector") from error
+    except _UNREADABLE as error:
+        raise InputError(
+            f"nuclei {path} cannot be read ({reason(error)}); write them again with the detector"
+        ) from error
     found = NucleusOutlines.of(outlines, points, _POINT_UM / mpp)
     outside = ((found.centres < 0) | (found.centres > size)).any(1)
     if len(found) and outside.mean() > 0.01:
@@ -164,6 +171,8 @@ def _from_map(path: Path, size: tuple[int, int]) -> Iterator[np.ndarray]:
         try:
             array = np.load(path, allow_pickle=False)
         except ValueError as error:
+            if "pickle" not in str(error):
+                raise InputError(f"nuclei {path} cannot be read ({reason(error)}); write them again") from error
             raise InputError(
                 f"nuclei {path} hold Python objects, which are not opened: they could run code; save a map of whole "
                 "numbers (Cellpose: --save_tif or --save_png)"

@@ -20,8 +20,7 @@ from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.data.tiles.nuclei_file import nuclei_path
 from cytossl_monai.index.build import EmptySlideError, IndexSettings, index_to_file
 from cytossl_monai.index.fields import NucleusFields, nucleus_fields
-from cytossl_monai.index.low_power import InkRules
-from cytossl_monai.utils.errors import TableError, failure
+from cytossl_monai.utils.errors import SettingError, TableError, failure
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers, run_parallel
 from cytossl_monai.utils.shard import ALL, Shard
@@ -142,15 +141,10 @@ class IndexSlided(Transform):
         cache: SlideCache | None = None,
         fields: NucleusFields | None = None,
     ) -> None:
-        chosen = dict(settings or {})
-        if isinstance(chosen.get("ink"), Mapping):
-            chosen["ink"] = InkRules(**chosen["ink"])
         try:
-            self.settings = IndexSettings(**{"tile_size": tile_size, "mpp": mpp, **chosen})
-        except TypeError as error:
-            raise TableError(
-                f"index_settings {sorted(chosen)}: {error}; see configs/index.json for the names"
-            ) from error
+            self.settings = IndexSettings.of({"tile_size": tile_size, "mpp": mpp, **(settings or {})})
+        except SettingError as error:
+            raise SettingError(f"index_settings: {error}") from error
         self.index_dir, self.any_thresholds = Path(index_dir), settings is None
         self.num_threads, self.device = num_threads, str(torch.device(device).type)
         self.isolate, self.cache, self.fields = isolate, cache, fields

@@ -118,7 +118,7 @@ def _read_shards(index: Path) -> Mapping[str, Any]:
     for name in names:
         part = index.parent / Path(name).name
         if not part.is_file():
-            raise CheckpointError(f"{index.parent}: the part {part.name} is missing. Copy the folder again.")
+            raise CheckpointError(f"{index}: the part {part.name} is missing. Copy the folder again.")
         state.update(_read_file(part))
     return state
 

@@ -23,6 +23,8 @@ EXIT_INTERRUPTED = 130
 _folder: Path | None = None
 _before: object = None
 _DEAD_LOADER = re.compile(r"DataLoader worker.*(exited unexpectedly|is killed by signal)", re.DOTALL)
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory", re.IGNORECASE)
+"""PyTorch has no error of its own for a processor's memory."""
 _FROM_WORKER = "Original Traceback (most recent call last)"
 
 
@@ -48,7 +50,7 @@ def sentence(error: BaseException) -> str | None:
     for inner in chain:
         if isinstance(inner, OSError) and (inner.filename is not None or inner.errno is not None):
             return f"{inner.strerror or inner}: {inner.filename or ''}".strip(": ")
-        if isinstance(inner, MemoryError) or type(inner).__name__ == "OutOfMemoryError":
+        if isinstance(inner, MemoryError) or type(inner).__name__ == "OutOfMemoryError" or _ran_out(inner):
             return f"memory ran out ({_first_line(inner)}); lower batch_size, num_workers or tile_size and start again"
         if isinstance(inner, RuntimeError) and _DEAD_LOADER.search(str(inner)):
             return (
@@ -77,6 +79,10 @@ def _own_words(error: BaseException) -> str:
         last = text.splitlines()[-1]
         return last.split(": ", 1)[1] if ": " in last else last
     return " ".join(text.split())
+
+
+def _ran_out(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def _first_line(error: BaseException) -> str:

@@ -199,6 +199,8 @@ def test_one_is_a_list_of_one() -> None:
         ({"epochs": -2}, "epochs must be a whole number, at least 1"),
         ({"trian#trainer": 2}, "unknown setting trian#trainer"),
         ({"output_dir": "x"}, "set by the program itself"),
+        ({"prevalence": "high"}, "prevalence must be a list"),
+        ({"prevalence": [0.5, -1]}, "prevalence must be a list of which each is a number, above 0, at most 1"),
     ],
 )
 def test_overrides_of_folds_are_checked_before_any_fold(overrides: dict[str, Any], words: str) -> None:

@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.data.tiles.index_file import COLUMNS, TileIndex
 from cytossl_monai.index.build import IndexSettings, SlideIndexer, index_slide, index_slides
 from cytossl_monai.index.low_power import Grid, InkRules, find_ink, tile_means
+from cytossl_monai.utils.errors import SettingError
 
 SIZE = 1792
 TILE = 448  # level-0 pixels: 224 px at 0.5 um/px of a slide at 0.25
@@ -263,8 +265,17 @@ def test_settings_are_checked(tmp_path):
         IndexSettings(nuclei_mpp=0)
     with pytest.raises(ValueError, match="min_nuclei"):
         IndexSettings(min_nuclei=-1)
-    with pytest.raises(TypeError, match="typo"):
-        SlideIndexer("x", "y", settings={"typo": 1})
+    for settings, words in (
+        ({"typo": 1}, "unknown setting typo of the index; there are tile_size, mpp"),
+        ({"ink": {"grean": 1}}, "unknown setting ink#grean of the index; there are green"),
+        ({"ink": {"green": "much"}}, "setting ink#green of the index must be a number; it is 'much'"),
+        ({"ink": 5}, "setting ink must be a dictionary"),
+        ({"min_nuclei": "few"}, "setting min_nuclei of the index must be a number; it is 'few'"),
+        ({"mpp": float("nan")}, "setting mpp of the index must be a number; it is nan"),
+        ({"max_unreadable": 5}, "setting max_unreadable must be a share"),
+    ):
+        with pytest.raises(SettingError, match=re.escape(words)):
+            SlideIndexer("x", "y", settings=settings)
     assert SlideIndexer("x", "y", {"ink": {"green": 0.5}}).settings.ink.green == 0.5
 
 
@@ -319,3 +330,26 @@ def test_a_slide_with_much_damage_fails_alone(slides, indexed, tmp_path):
     assert [item.status for item in report.items] == ["failed", "done"]
     assert "tiles cannot be decoded, more than max_unreadable (5%)" in report.items[0].message
     assert report.exit_code == 3
+
+
+def test_images_that_itk_cannot_tell_in_words_fail_alone(slides, tmp_path):
+    """16-bit strips, a palette and int8, whose errors of ITK do not unpickle, with two processes: each costs itself."""
+    rng = np.random.default_rng(0)
+    options = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER", "metadata": None}
+    deep = rng.integers(0, 4096, (300, 300, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "strip16.tif", deep, photometric="rgb", **options)
+    tifffile.imwrite(tmp_path / "int8.tif", rng.integers(0, 99, (300, 300)).astype(np.int8), **options)
+    colours = rng.integers(0, 2**16, (3, 256)).astype(np.uint16)
+    pixels = rng.integers(0, 256, (300, 300)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "palette.tif", pixels, photometric="palette", colormap=colours, **options)
+    bad = [SlideRecord(name, tmp_path / f"{name}.tif", None, name) for name in ("strip16", "int8", "palette")]
+    good = read_slide_table(slides)[:1]
+    report = index_slides(bad + good, tmp_path / "out", num_workers=2, overview=False, progress=False)
+    lines = {item.item: item for item in report.items}
+    assert lines[good[0].slide_id].status == "done"
+    assert report.exit_code == 3
+    for record in bad:
+        assert lines[record.slide_id].status == "failed"
+        assert record.path.name in lines[record.slide_id].message
+        assert "fault of the program" not in lines[record.slide_id].message
+        assert "\n" not in lines[record.slide_id].message

@@ -179,6 +179,15 @@ def test_suspicion_by_target(tmp_path, bag, classes, target, named, wanted):
         assert told.label == ("+".join(k for k, p in told.probabilities.items() if p >= 0.5) or "none")
 
 
+@pytest.mark.parametrize(("given", "place"), [(0, 0), ("0", 0), (1, 1), ("1", 1), (None, 0)])
+def test_the_negative_class_is_compared_as_text(cohort, tmp_path, given, place):
+    """A command line makes a number of 0; the classes of a table are text."""
+    path = make_classifier(tmp_path / "c.pt", load_encoder(cohort.encoder)[0], classes=("0", "1"))
+    assert SlideClassifier(path, negative_class=given).negative == place
+    with pytest.raises(CheckpointError, match=r"the class '2' is unknown to .*c\.pt: it has \['0', '1'\]"):
+        SlideClassifier(path, negative_class=2)
+
+
 def test_features_that_do_not_suit_are_refused(cohort, bag, tmp_path):
     classifier = SlideClassifier(cohort.classifier)
     broken = bag.copy()

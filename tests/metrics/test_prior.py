@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
+from cytossl_monai.handlers.best_classifier import BestClassifier
 from cytossl_monai.metrics.calibration import (
     brier_score,
     class_shares,
@@ -125,6 +127,8 @@ def test_a_classifier_is_told_where_it_will_be_used(target: str) -> None:
     torch.testing.assert_close(made(bags), before)
     with pytest.raises(ValueError, match="share of each of"):
         made.set_prevalence([0.6, 0.4])
+    with pytest.raises(ValueError, match="give the share of each"):  # before training, not after it
+        BestClassifier(Engine(lambda *_: None), made, "model.pt", prevalence=[0.6, 0.4])
     with pytest.raises(ValueError, match="does not say which prevalence"):
         MILClassifier(ABMIL(6, outputs), ["a", "b", "c"], target).set_prevalence([0.2, 0.3, 0.5])
     scripted = torch.jit.script(made)

@@ -23,6 +23,7 @@ from cytossl_monai.data.tiles.nuclei_file import NUCLEUS_COLUMNS, NucleusTable
 from cytossl_monai.engines.mil.few_shot import _known_runs
 from cytossl_monai.engines.study.ablation import read_study
 from cytossl_monai.engines.study.paper import read_paper_study
+from cytossl_monai.index.detected import read_detections
 from cytossl_monai.index.imported import read_coordinates, tissue_at
 from cytossl_monai.inference.merge import _read_report
 from cytossl_monai.networks.cards import read_card
@@ -50,12 +51,17 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "card.yaml": read_card,
     "model.safetensors": read_weights,
     "model.safetensors.index.json": read_weights,
+    **{
+        f"cells{suffix}": lambda path: read_detections(path, (1000, 1000), 0.25)
+        for suffix in (".geojson", ".json", ".csv", ".txt", ".npy", ".png", ".tif")
+    },
     "nuclei.geojson": lambda path: labels_from_geojson(path, (4, 4)),
 }
 SPOILT = {
+    "empty": b"",
     "binary": bytes(range(256)) * 20,
     "utf16": "slide_id,path\na,b\n".encode("utf-16"),
-    "nested": b"[" * 100_000,
+    "nested": b"[" * 20_000,
     "digits": b"[" + b"9" * 6000 + b"]",
     "number": b"7",
     "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",

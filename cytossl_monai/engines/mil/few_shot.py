@@ -176,7 +176,8 @@ def _known_runs(path: Path, stamp: str) -> list[dict[str, Any]]:
         known = pd.read_csv(path)
         if absent := {"stamp", "shots", "repeat", "auc"} - set(known.columns):
             raise ValueError(f"without {', '.join(sorted(absent))}")
-        return known[known["stamp"] == stamp].to_dict("records")
+        rows: list[Any] = known[known["stamp"] == stamp].to_dict("records")
+        return rows
     except (ValueError, OSError) as error:
         raise TableError(
             f"{path} is no table of runs ({reason(error)}); delete it, or give another output folder"

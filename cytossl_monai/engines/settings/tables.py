@@ -182,7 +182,7 @@ _MIL: dict[str, Kind] = {
     "tile_dropout": _SHARE,
     "max_tiles": Count(low=1),
     "calibrate": Switch(),
-    "prevalence": Kind(null=True),
+    "prevalence": Items(null=True, of=Number(low=0, high=1, above=True)),
     "holdout": Number(null=True, low=0, high=1, above=True),
     "one_class": Switch(),
     "tiles_per_slide": Count(null=True, low=1),
@@ -332,7 +332,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         "top_tiles": Count(high=10**6),
         "overview_size": Count(low=64, high=1 << 16),
         "negative_class": Text(null=True),
-        "prevalence": Kind(null=True),
+        "prevalence": Items(null=True, of=Number(low=0, high=1, above=True)),
     },
 }
 """``<bundle>/<configuration>`` -> setting -> its kind. ``::`` goes into a section."""

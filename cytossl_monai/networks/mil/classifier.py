@@ -117,13 +117,7 @@ class MILClassifier(nn.Module):
         Raises:
             ValueError: when they are not C shares, or it is not known what the probabilities stand for now.
         """
-        wanted = torch.tensor([float(share) for share in prevalence], dtype=torch.float64)
-        sums = self.target == "multilabel" or abs(float(wanted.sum()) - 1.0) < 1e-3
-        if len(wanted) != len(self.classes) or not bool(((wanted > 0) & (wanted < 1)).all()) or not sums:
-            raise ValueError(
-                f"prevalence must give the share of each of {self.classes}, between 0 and 1"
-                f"{'' if self.target == 'multilabel' else ' and summing to 1'}; got {list(prevalence)}"
-            )
+        wanted = self.check_prevalence(prevalence)
         if not bool((self.prevalence > 0).all()):
             raise ValueError(
                 "this classifier does not say which prevalence its probabilities stand for: it was trained without "
@@ -132,6 +126,22 @@ class MILClassifier(nn.Module):
         device = self.bias.device
         self.bias += prior_shift(self.prevalence.cpu(), wanted.float(), self.target).float().to(device)
         self.prevalence.copy_(wanted)
+
+    @torch.jit.unused
+    def check_prevalence(self, prevalence: Sequence[float]) -> Tensor:
+        """The shares as a tensor (C,) float64.
+
+        Raises:
+            ValueError: when they are not one share for each class, summing to one (``multilabel``: each of its own).
+        """
+        wanted = torch.tensor([float(share) for share in prevalence], dtype=torch.float64)
+        sums = self.target == "multilabel" or abs(float(wanted.sum()) - 1.0) < 1e-3
+        if len(wanted) != len(self.classes) or not bool(((wanted > 0) & (wanted < 1)).all()) or not sums:
+            raise ValueError(
+                f"prevalence must give the share of each of {self.classes}, between 0 and 1"
+                f"{'' if self.target == 'multilabel' else ' and summing to 1'}; got {list(prevalence)}"
+            )
+        return wanted
 
     @torch.jit.unused
     def check_features(self, dim: int, encoder: str | None, where: str) -> None:

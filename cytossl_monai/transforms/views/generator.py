@@ -183,8 +183,8 @@ class ViewGenerator(nn.Module):
             if chosen not in named:
                 raise ValueError(f"ncp_views is {chosen!r}; allowed is tile, {', '.join(named)}, or indices of views")
             return frozenset(named[chosen])
-        if any(int(view) not in every for view in chosen):
-            raise ValueError(f"ncp_views is {list(chosen)}; allowed are indices of the {len(self.sizes)} views")
+        if not isinstance(chosen, Sequence) or any(view not in every for view in chosen):
+            raise ValueError(f"ncp_views is {chosen!r}; allowed are indices of the {len(self.sizes)} views")
         return frozenset(int(view) for view in chosen)
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ step() {
   local title=$1 status=0
   shift
   printf '\n== %s\n' "$title"
-  "$venv/bin/python" -W ignore -m monai.bundle run "$@" || status=$?
+  "$venv/bin/python" -W ignore -m cytossl_monai.cli.bundle run "$@" || status=$?
   if [ "$status" = 3 ]; then left_out=3; elif [ "$status" != 0 ]; then exit "$status"; fi
 }
 

@@ -30,24 +30,24 @@ def is_dicom(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def report_text(told: Mapping[str, Any]) -> str:
+def report_text(answer: Mapping[str, Any]) -> str:
     """The content of ``prediction.json`` as a few lines of text."""
-    lines = [f"Slide: {told['slide_id']}"]
-    if told.get("label") is None:
-        lines += [f"No cells found: {told.get('reason', '')}", "No prediction was made."]
+    lines = [f"Slide: {answer['slide_id']}"]
+    if answer.get("label") is None:
+        lines += [f"No cells found: {answer.get('reason', '')}", "No prediction was made."]
     else:
-        lines.append(f"Prediction: {told['label']}")
-        lines += [f"Probability of {name}: {p:.4f}" for name, p in told["probabilities"].items()]
-        lines.append(f"Tiles with nuclei: {told['tiles']['count']}")
-    return "\n".join([*lines, str(told["notice"])])
+        lines.append(f"Prediction: {answer['label']}")
+        lines += [f"Probability of {name}: {p:.4f}" for name, p in answer["probabilities"].items()]
+        lines.append(f"Tiles with nuclei: {answer['tiles']['count']}")
+    return "\n".join([*lines, str(answer["notice"])])
 
 
-def write_text_report(slide: str | os.PathLike[str], told: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+def write_text_report(slide: str | os.PathLike[str], answer: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write the report; needs pydicom, which the environment of a MONAI Deploy application has.
 
     Args:
         slide: any file of the DICOM slide: patient and study are taken from it, and the report refers to it.
-        told: the content of ``prediction.json``.
+        answer: the content of ``prediction.json``.
         path: the file to write.
 
     Returns:
@@ -91,7 +91,7 @@ def write_text_report(slide: str | os.PathLike[str], told: Mapping[str, Any], pa
     report.CurrentRequestedProcedureEvidenceSequence = [study]
     report.ValueType, report.ContinuityOfContent = "CONTAINER", "SEPARATE"
     report.ConceptNameCodeSequence = code("11526-1", "LN", "Pathology study")
-    report.ContentSequence = [text(report_text(told), ("111412", "DCM", "Narrative Summary"))]
+    report.ContentSequence = [text(report_text(answer), ("111412", "DCM", "Narrative Summary"))]
     report.file_meta = FileMetaDataset()
     report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID
     report.file_meta.MediaStorageSOPInstanceUID = report.SOPInstanceUID

@@ -96,10 +96,10 @@ class PredictionWriterOperator(Operator):  # type: ignore[misc]
         """Write one slide."""
         prediction, item = op_input.receive("pred"), op_input.receive("item")
         # The operator's own "result" names a class for each probability, cut to 0 or 1: only the numbers are of use.
-        told = self.write(item, prediction["probabilities"])
-        status, why = item.get("problem", ("done", str(told.get("label"))))
+        answer = self.write(item, prediction["probabilities"])
+        status, why = item.get("problem", ("done", str(answer.get("label"))))
         path = Path(item["record"].path)
-        if told and self.dicom and is_dicom(path):
-            write_text_report(path, told, self.write.output_dir / item["slide_id"] / "report.dcm")
+        if answer and self.dicom and is_dicom(path):
+            write_text_report(path, answer, self.write.output_dir / item["slide_id"] / "report.dcm")
         self.report.add(item["slide_id"], status, why)
         self.report.save()

@@ -51,7 +51,7 @@ class CohortPages:
         answers = []
         for slide_id in self.slide_ids:
             if slide_id not in failed:
-                told = (self.output_dir / slide_id / "prediction.json").read_text(encoding="utf-8")
-                answers.append(json.loads(told))
+                text = (self.output_dir / slide_id / "prediction.json").read_text(encoding="utf-8")
+                answers.append(json.loads(text))
         write_predictions(self.output_dir / "predictions.csv", answers, failed)
         write_cohort_page(self.output_dir / "index.html", answers, failed)

@@ -171,10 +171,10 @@ class SlideClassifier:
         probabilities, attentions, scores = [], [], []
         for member in self.members:
             member.check_features(features.shape[1], encoder, where)
-            told = member.predict(values[None])
-            probabilities.append(told.probabilities[0].double().cpu().numpy())
-            if told.output.attention is not None:
-                attentions.append(told.output.attention[0].float().cpu().numpy())
+            prediction = member.predict(values[None])
+            probabilities.append(prediction.probabilities[0].double().cpu().numpy())
+            if prediction.output.attention is not None:
+                attentions.append(prediction.output.attention[0].float().cpu().numpy())
             scores.append(self.suspicion(self._alone(member, values)))
         mean = np.mean(probabilities, 0)
         attention = np.mean(attentions, 0) if attentions else np.full(len(features), 1 / len(features))

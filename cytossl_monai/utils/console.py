@@ -1,13 +1,18 @@
-"""What a run says on the terminal: no log line tears a progress bar."""
+"""What a run says: headlines, progress, warnings and a summary on the terminal, all else in the run's ``run.log``."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["ConsoleHandler", "write_above_bars"]
+__all__ = ["ConsoleHandler", "log_run", "write_above_bars"]
+
+RUN_LOG = "run.log"
 
 
 class ConsoleHandler(logging.StreamHandler):
@@ -19,6 +24,17 @@ class ConsoleHandler(logging.StreamHandler):
             tqdm.write(self.format(record), file=self.stream)
         except Exception:  # noqa: BLE001 - as every handler of the standard library: logging never ends a run
             self.handleError(record)
+
+
+class _RunLog(logging.FileHandler):
+    """Adds to the log of a run; where the file cannot be written, the run goes on without."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        rank = os.environ.get("RANK", "0")
+        name = RUN_LOG if rank == "0" else f"run.{rank}.log"
+        super().__init__(folder / name, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s  %(levelname)s  %(name)s  %(message)s"))
 
 
 def write_above_bars() -> None:
@@ -34,3 +50,37 @@ def write_above_bars() -> None:
             ours.setFormatter(handler.formatter)
             ours.setLevel(handler.level)
             root.handlers[place] = ours
+
+
+def log_run(folder: str | os.PathLike[str]) -> Path | None:
+    """From here on, what is no warning goes to ``run.log`` in this folder, and no longer to the terminal.
+
+    The lines of MONAI and Ignite of every epoch are among it. Runs of one folder add to one file. A run within
+    another's folder, such as a fold of a cross-validation, writes to the outer one's. Only a program that a bundle's
+    ``logging.conf`` gave a terminal is changed; in an interpreter or a notebook, logging stays as its owner has it.
+
+    Args:
+        folder: the run's output folder.
+
+    Returns:
+        the file; None where nothing was changed.
+    """
+    root, folder = logging.getLogger(), Path(folder)
+    consoles = [handler for handler in root.handlers if isinstance(handler, ConsoleHandler)]
+    logs = [handler for handler in root.handlers if isinstance(handler, _RunLog)]
+    if not consoles or any(folder.absolute().is_relative_to(log.folder) for log in logs):
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = _RunLog(folder)
+    except OSError:
+        return None  # what writes to the folder says so
+    for old in logs:
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(log)
+    root.setLevel(min(root.level, logging.INFO))
+    for console in consoles:
+        console.setLevel(max(console.level, logging.WARNING))
+    root.info("%s", shlex.join(sys.argv))
+    return Path(log.baseFilename)

@@ -105,8 +105,8 @@ class RunReport:
     def summary(self) -> str:
         """One or more lines: the counts, then who was left out and why."""
         counts = Counter(item.status for item in self.items)
-        told = ", ".join(f"{counts[s]} {s}" for s in ("done", "current", "empty", "failed") if counts[s])
-        lines = [f"{self.title}: {told or 'nothing to do'}"]
+        counted = ", ".join(f"{counts[s]} {s}" for s in ("done", "current", "empty", "failed") if counts[s])
+        lines = [f"{self.title}: {counted or 'nothing to do'}"]
         lines += [f"  {item.status} {item.item}: {item.message}" for item in self.left_out]
         return "\n".join(lines)
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "derive_seeds", "seed_all"]
+__all__ = ["derive_seed", "seed_all"]
 
 
 def derive_seed(*parts: int) -> int:
@@ -24,25 +24,6 @@ def derive_seed(*parts: int) -> int:
     # The length goes in too: a seed sequence takes (0,) and (0, 0) for the same.
     state = np.random.SeedSequence([len(parts), *(int(part) for part in parts)]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
-
-
-def derive_seeds(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """One 63-bit seed a number, vectorised (SplitMix64 on seed and number; Steele et al., OOPSLA 2014).
-
-    Args:
-        seed: the run's seed.
-        numbers: (N,) integers, for example global sample numbers.
-
-    Returns:
-        (N,) int64 in [0, 2**63). An element depends on ``seed`` and its own number only, not on its neighbours.
-    """
-    mixed = np.asarray(numbers).astype(np.uint64)
-    with np.errstate(over="ignore"):
-        mixed = (mixed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive_seed(seed))
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
-    return (mixed >> np.uint64(1)).astype(np.int64)
 
 
 def seed_all(seed: int) -> None:

@@ -72,6 +72,28 @@ def test_network_gives_what_the_metadata_say(installed, name, weights):
     verify_net_in_out(**settings)
 
 
+def test_files_are_such_as_the_zoo_takes(installed, name):
+    """Its first steps: files listed elsewhere are fetched, what is needed is there, no single file is over 25 MB."""
+    bundle = installed / name
+    bundle_scripts.download_large_files(bundle_path=str(bundle), large_file_name="large_files.yml")
+    for file in ("configs/metadata.json", "configs/inference.json", "models/model.pt", "models/model.ts"):
+        assert (bundle / file).is_file(), file
+    large = [file for file in bundle.rglob("*") if file.is_file() and file.stat().st_size > 25e6]
+    assert not large
+    assert not list(bundle.rglob("*.py"))  # code would have to keep to the zoo's style checks
+
+
+def test_the_checkpoint_exports_as_the_zoo_exports_it(installed, name, tmp_path):
+    """Its last step, with its arguments: the root given, the export beside the model, both loaded."""
+    bundle = installed / name
+    settings = files_of(bundle) | {"bundle_root": str(bundle)}
+    verify_net_in_out(**settings)
+    made = tmp_path / "verify_model.ts"
+    bundle_scripts.ckpt_export(**settings, ckpt_file=str(bundle / "models" / "model.pt"), filepath=str(made))
+    x = example(name)
+    torch.testing.assert_close(torch.jit.load(made).eval()(x), torch.jit.load(bundle / "models" / "model.ts").eval()(x))
+
+
 def test_torchscript_loads_and_gives_the_same(installed, name):
     network = load(name, bundle_dir=str(installed), workflow_type="inference", device="cpu").eval()
     scripted, metadata, extra = load(

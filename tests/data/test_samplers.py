@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from cytossl_monai.data.tiles.sampler import SSLBatchSampler, TileStream, group_quotas
-from cytossl_monai.utils.seeding import derive_seed, derive_seeds
+from cytossl_monai.utils.seeding import derive_seed
 
 
 class Source:
@@ -150,11 +150,10 @@ def test_wrong_arguments() -> None:
 
 
 def test_seeds_are_spread_and_independent_of_their_neighbours() -> None:
-    seeds = derive_seeds(7, np.arange(100_000))
-    assert len(np.unique(seeds)) == 100_000
+    seeds = np.array([derive_seed(7, number) for number in range(4096)])
+    assert len(np.unique(seeds)) == 4096
     assert seeds.min() >= 0
-    assert derive_seeds(7, np.array([512]))[0] == seeds[512]
     bits = ((seeds[:, None] >> np.arange(63)) & 1).mean(0)
-    np.testing.assert_allclose(bits, 0.5, atol=0.01)
+    np.testing.assert_allclose(bits, 0.5, atol=0.04)  # five deviations of 4096 coins
     assert derive_seed(1, 2) != derive_seed(2, 1)
     assert derive_seed(0, 0) != derive_seed(0)

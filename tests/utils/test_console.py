@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from cytossl_monai.data.bags.features import write_features
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = ["cytossl_pretrain", "cytossl_mil", "cytossl_inference"]
@@ -47,3 +50,41 @@ def test_lines_are_whole_and_few(bundle: str, tmp_path: Path) -> None:
 
 def test_the_three_bundles_speak_alike() -> None:
     assert len({(ROOT / "bundles" / name / "configs" / "logging.conf").read_text() for name in BUNDLES}) == 1
+
+
+STEP = """
+import sys
+sys.argv = ["bundle", "run", *sys.argv[1:]]
+from cytossl_monai.cli.bundle import main
+main()
+"""
+
+
+def test_a_step_says_little_and_logs_the_rest(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["slide_id,path,label"]
+    for i in range(6):
+        attrs = {"encoder": "abc", "encoder_name": "toy"}
+        values = rng.standard_normal((6, 8)).astype(np.float32) + i % 2
+        write_features(tmp_path / "features" / f"s{i}.h5", values, rng.integers(0, 99, (6, 2)), attrs)
+        lines.append(f"s{i},s{i}.svs,{('negative', 'positive')[i % 2]}")
+    (tmp_path / "slides.csv").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    train = ROOT / "bundles" / "cytossl_mil" / "configs" / "train.json"
+    given = {"config_file": train, "slides": tmp_path / "slides.csv", "features_dir": tmp_path / "features"}
+    given |= {"output_dir": out, "epochs": 4, "min_epochs": 1, "n_folds": 3}
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", STEP, *words], capture_output=True, text=True, check=False, timeout=250
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
+    assert f"cytossl_mil/train -> {out} (details: run.log)" in said
+    own = [line for line in said if "Warning" not in line and not line.startswith("  ")]  # of libraries, with -W always
+    assert len(own) <= 6, own
+    assert not any(word in line for line in said for word in ("not writable", "requires_grad", "input summary", "INFO"))
+    log = (out / "run.log").read_text(encoding="utf-8")
+    assert log.count("validation loss") == 4  # one an epoch
+    assert "best epoch" in log
+    assert "Got new best metric" in log  # of Ignite and MONAI as well
+    assert "--epochs" in log  # what was asked for

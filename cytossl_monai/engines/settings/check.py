@@ -25,6 +25,7 @@ from cytossl_monai.engines.bundle import as_data, config_files, config_folder, d
 from cytossl_monai.engines.settings.kinds import Kind, PathText
 from cytossl_monai.engines.settings.tables import TABLES
 from cytossl_monai.registry import MODULE, short_names
+from cytossl_monai.utils.console import log_run
 from cytossl_monai.utils.errors import InputError, SettingError
 from cytossl_monai.utils.files import require_writable
 from cytossl_monai.utils.program import keep_logs_in, plain_errors
@@ -113,7 +114,7 @@ def _check(
         parser.parse(reset=True)
     values |= _read_expressions(parser, kinds)
     if outputs:
-        _check_outputs(kinds, values)
+        _check_outputs(table, values)
 
 
 def _read_plain(
@@ -150,13 +151,17 @@ def _read(key: str, kind: Kind, value: Any) -> Any:
         raise SettingError(f"setting {key.replace('::', '#')} must be {error}; it is {_short(value)}") from None
 
 
-def _check_outputs(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
+def _check_outputs(table: str, values: Mapping[str, Any]) -> None:
+    kinds = TABLES[table]
     for key, value in values.items():
         kind = kinds[key]
         if isinstance(kind, PathText) and kind.output and isinstance(value, str):
             require_writable(value)
     if isinstance(values.get("output_dir"), str):
         keep_logs_in(values["output_dir"])
+        log = log_run(values["output_dir"])
+        if log is not None:
+            print(f"{table} -> {values['output_dir']} (details: {log.name})", flush=True)
 
 
 def _is_cheap(parser: ConfigParser, key: str, seen: frozenset[str] = frozenset()) -> bool:

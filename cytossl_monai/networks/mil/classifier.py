@@ -156,15 +156,15 @@ class MILClassifier(nn.Module):
             FeatureError: when width or hash differ from what the classifier was trained on.
         """
         known = self.encoder
-        told = f"{known['name'] or known['hash'] or 'the encoder of training'} ({known['dim']} features)"
+        trained_on = f"{known['name'] or known['hash'] or 'the encoder of training'} ({known['dim']} features)"
         if dim != known["dim"]:
             raise FeatureError(
-                f"{where} has {dim} features a tile, the classifier was trained on {told}; embed the slide with that "
-                "encoder"
+                f"{where} has {dim} features a tile, the classifier was trained on {trained_on}; embed the slide with "
+                "that encoder"
             )
         if encoder is not None and known["hash"] is not None and encoder != known["hash"]:
             raise FeatureError(
-                f"{where} was made by the encoder {encoder}, the classifier was trained on {told}, hash "
+                f"{where} was made by the encoder {encoder}, the classifier was trained on {trained_on}, hash "
                 f"{known['hash']}; embed the slide with that encoder"
             )
 

@@ -75,7 +75,7 @@ def test_network_gives_what_the_metadata_say(installed, name, weights):
 def test_files_are_such_as_the_zoo_takes(installed, name):
     """Its first steps: files listed elsewhere are fetched, what is needed is there, no single file is over 25 MB."""
     bundle = installed / name
-    bundle_scripts.download_large_files(bundle_path=str(bundle), large_file_name="large_files.yml")
+    bundle_scripts.download_large_files(bundle_path=str(bundle))
     for file in ("configs/metadata.json", "configs/inference.json", "models/model.pt", "models/model.ts"):
         assert (bundle / file).is_file(), file
     large = [file for file in bundle.rglob("*") if file.is_file() and file.stat().st_size > 25e6]

@@ -209,6 +209,7 @@ def test_shards_share_the_runs_and_write_no_table(
         return []
 
     monkeypatch.setattr(AblationStudy, "rows", rows)
+    monkeypatch.setattr(ablation, "check_training", lambda *_: None)  # each run's settings: not what is asked here
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script puts its own
     main = runpy.run_path(str(repo_root_path / "scripts/study/ablation.py"))["main"]
     words = ["ablation.py", "--data", str(data), "--output", str(tmp_path / "out"), "--shard"]

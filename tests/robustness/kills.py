@@ -49,8 +49,8 @@ KILLED = ("equal", "left over", "differs", "too late")
 """After the next run equal to one that nobody killed; equal, but something unfinished lies about; not equal. Too late:
 the run had ended before the signal came."""
 TELLS_OF_TIME = ("second", "time", "date", "images_per_s", "wait_share", "memory", "created", "train_loss")
-"""Figures and facts of the clock and the machine, which differ between two runs that nobody killed; and the mean loss of
-an epoch, which a resumed run counts from where it goes on (the loss of every step is compared)."""
+"""Figures and facts of the clock and the machine, which differ between two runs that nobody killed; and the mean loss
+of an epoch, which a resumed run counts from where it goes on (the loss of every step is compared)."""
 
 
 class Inputs:

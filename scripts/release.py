@@ -31,7 +31,7 @@ WEIGHTS = {
 }
 """Files of each bundle's models/ and what reads them."""
 
-SHIPPED = {"cytossl_pretrain": {"resnet10_cells.pt": load_encoder}}
+SHIPPED = {"cytossl_pretrain": {"lite0_cells.pt": load_encoder}}
 """Weights that lie in the checkout and go into every archive of their bundle, and what reads them."""
 
 SKIPPED_FOLDERS = {"models", "output", "eval", "__pycache__"}

@@ -240,6 +240,8 @@ def embed_to_file(
         license = (getattr(encoder, "meta", None) or {}).get("license")
         attrs = {**feature_attributes(slide, index, encoder_id, encoder_name, license), "stored_as": dtype}
         attrs["scales"] = int(getattr(encoder, "scales", 1))
+        if "instances" in index.meta:
+            attrs["instances"] = str(index.meta["instances"])
     write_features(path, features, index.coords, attrs, dtype)
     return features
 

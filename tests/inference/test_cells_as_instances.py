@@ -104,6 +104,7 @@ def test_each_field_is_centred_on_its_nucleus_and_embedded_once(cohort, tmp_path
     assert report.exit_code == 0
     stored = read_features(tmp_path / "slide_0001.h5")
     assert len(stored.features) == 12 == len(np.unique(stored.coords, axis=0))
+    assert stored.attrs["instances"] == "nuclei"
     centres = stored.coords + 64  # 64 px at 0.5 um/px are 128 at 0.25
     away = np.hypot(*np.moveaxis(centres[:, None] - nuclei.centres[None], -1, 0)).min(1)
     assert away.max() <= 1

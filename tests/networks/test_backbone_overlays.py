@@ -137,6 +137,8 @@ def test_every_key_is_used_and_alternatives_are_keys(name: str, repo_root: Path)
         "warmup_epochs",
         "channels_last",
         "encoder#pool",
+        "encoder#mean",
+        "encoder#std",
     }
     assert set(content) - bundle_keys <= used
     for line in re.findall(r"^# (?:patch8|glass): (.+)$", text, re.MULTILINE):

@@ -197,6 +197,7 @@ def content(path: Path, root: Path) -> Any:
         told = json.loads(path.read_text().replace(str(root), ""))
         if path.name == "fold.json":
             told.pop("model")  # the bytes of a file of torch.save hold its name on the way; model.pt is compared itself
+        told.pop("made", None)  # when a prediction was made
         return digest(told)
     if path.suffix == ".csv":
         with open(path, newline="") as stream:

@@ -183,6 +183,13 @@ def test_paths_stay_as_typed(typed: str, form: str, monkeypatch: pytest.MonkeyPa
     assert begin([PRETRAIN / "train.json"], output_dir=given).parser.get_parsed_content("output_dir") == typed
 
 
+@pytest.mark.parametrize("config", [PRETRAIN / "train.json", PRETRAIN / "inference.json", *INFERENCE.glob("*e*.json")])
+def test_a_device_may_be_named_in_plain_text(config: Path) -> None:
+    """As a command line gives it: --device cpu. What is worked out from it is checked too."""
+    if "device" in json.loads(config.read_text()):
+        begin([config], device="cpu")
+
+
 def test_one_is_a_list_of_one() -> None:
     parser = begin([INFERENCE / "inference.json"], evidence="report", negative_class=0).parser
     assert parser.get_parsed_content("evidence") == ["report"]

@@ -231,7 +231,7 @@ def test_bad_cards_and_weights_are_named(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "text.yaml").write_text("- a\n- b\n")
     refused("is no encoder card", tmp_path / "text.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
-    refused("is no YAML", tmp_path / "broken.yaml")
+    refused("cannot be read as YAML", tmp_path / "broken.yaml")
     (tmp_path / "empty").mkdir()
     refused("holds no weights", write_card(tmp_path), tmp_path / "empty")
     for name in ("one.pth", "two.pth"):

@@ -25,22 +25,24 @@ WIDEST = 900
 
 
 def run(path: Path) -> Any:
-    """The notebook with its outputs, each cell run in order by a kernel of its own in an empty folder."""
+    """The notebook with its outputs made small, each cell run in order by a kernel of its own in an empty folder."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}})
         client.execute()
-    return notebook
+    return shrink(notebook, folder)
 
 
-def shrink(notebook: Any) -> Any:
-    """Make the outputs small: JPEG pictures, no progress bars, no times of execution."""
+def shrink(notebook: Any, folder: str) -> Any:
+    """Make the outputs small: JPEG pictures, no progress bars, no times of execution, no temporary folder."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
             continue
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
+            if "text" in output:  # where a run says that it writes is of no use to who reads it elsewhere
+                output["text"] = output["text"].replace(f"{folder}/", "")
             data = output.get("data", {})
             if "image/png" in data:
                 data["image/jpeg"] = _jpeg(base64.b64decode(data.pop("image/png")))
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="notebooks without .ipynb; default: all")
     args = parser.parse_args()
     for path in [FOLDER / f"{name}.ipynb" for name in args.names] or sorted(FOLDER.glob("*.ipynb")):
-        nbformat.write(shrink(run(path)), path)
+        nbformat.write(run(path), path)
         print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
 
 

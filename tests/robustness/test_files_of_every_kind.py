@@ -83,8 +83,11 @@ def test_spoilt_files(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if not name.startswith(("few_shot", "report")):
         answer(READERS[name], path)  # absent
-    for content in SPOILT.values():
+    for damage, content in SPOILT.items():
         path.write_bytes(content)
+        if (name, damage) == ("cells.txt", "empty"):  # what Cellpose writes where it finds no cell
+            READERS[name](path)
+            continue
         answer(READERS[name], path)
     path.unlink()
     path.mkdir()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ def run(path: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}})
         client.execute()
-    return shrink(notebook, folder)
+    return shrink(notebook)
 
 
-def shrink(notebook: Any, folder: str) -> Any:
+def shrink(notebook: Any) -> Any:
     """Make the outputs small: JPEG pictures, no progress bars, no times of execution, no temporary folder."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -42,7 +43,7 @@ def shrink(notebook: Any, folder: str) -> Any:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
             if "text" in output:  # where a run says that it writes is of no use to who reads it elsewhere
-                output["text"] = output["text"].replace(f"{folder}/", "")
+                output["text"] = re.sub(rf"{tempfile.gettempdir()}/\w+/", "", output["text"])
             data = output.get("data", {})
             if "image/png" in data:
                 data["image/jpeg"] = _jpeg(base64.b64decode(data.pop("image/png")))

@@ -26,7 +26,8 @@ class PreemptionHandler:
     """On SIGTERM (preemptible machines) or SIGUSR1 (SLURM's warning) ends the current step, saves and exits with 75.
 
     With several processes, they agree every ``every_steps`` steps whether one of them was asked to leave, so that all
-    save the same step.
+    save the same step. Ctrl-C ends the run at once. Python drops an interrupt that meets it while it tidies up memory:
+    one that was dropped ends the run after the step.
 
     Args:
         checkpoint: the handler that saves; default: the one that is attached to the trainer before this one.
@@ -43,6 +44,7 @@ class PreemptionHandler:
         self.checkpoint, self.every_steps = checkpoint, every_steps
         self.signals = [getattr(signal, name) for name in signals]
         self.asked = False
+        self.interrupted = False
         self._before: dict[int, object] = {}
 
     def attach(self, engine: SSLTrainer) -> None:
@@ -66,10 +68,16 @@ class PreemptionHandler:
             logger.warning("Not in the main thread: signals are not obeyed, SIGTERM will end the run at once.")
             return
         self._before = {number: signal.signal(number, self._on_signal) for number in self.signals}
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.asked = True
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        signal.default_int_handler(number, frame)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -91,6 +99,8 @@ class PreemptionHandler:
         return bool(flag)
 
     def _look(self, engine: SSLTrainer) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
         if not self._leaving(engine):
             return
         assert self.checkpoint is not None

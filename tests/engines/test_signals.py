@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
 from ssl_standins import make_trainer
 
 from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, read_checkpoint
@@ -102,6 +103,25 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert errors.strip().splitlines()[-1].startswith("interrupted; what is finished is kept")
     assert "Traceback" not in errors
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_the_run_after_the_step(tmp_path: Path) -> None:
+    """An exception of a finaliser is dropped: a Ctrl-C that arrives there would be lost."""
+    trainer = make_trainer(tmp_path, steps=5)
+
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    @trainer.on(Events.ITERATION_STARTED(once=2))
+    def interrupt() -> None:
+        Finalised()
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.state.iteration == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 SLOW = """

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cytossl_monai.utils.errors import CheckpointError
 
-__all__ = ["HUB", "WEIGHT_SUFFIXES", "file_sha256", "find_weights", "read_weights"]
+__all__ = ["HUB", "WEIGHT_SUFFIXES", "file_sha256", "fill_network", "find_weights", "read_weights"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Files that may hold weights, the safest form first."""
@@ -80,6 +81,39 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fill_network(
+    network: nn.Module, where: str, state: Mapping[str, Any], behind: tuple[str, ...], kind: str
+) -> list[str]:
+    """Fill a network with a state dict of its own names; what lies behind its last layer may be left over.
+
+    Args:
+        network: takes the weights in place.
+        where: how to call the weights in a message.
+        state: the state dict.
+        behind: how the names begin that may be left over, where the network has none of them.
+        kind: of network, for the message.
+
+    Returns:
+        the entries that were not used.
+
+    Raises:
+        CheckpointError: where it does not fit, with the names and shapes that differ.
+    """
+    own = network.state_dict()
+    left_over = [name for name in state if name not in own and name.startswith(behind)]
+    state = {name: value for name, value in state.items() if name not in left_over}
+    # Counters of batches are no weights: files converted from elsewhere lack them.
+    lacking = {name for name in set(own) - set(state) if not name.endswith("num_batches_tracked")}
+    wrong = sorted(lacking | (set(state) - set(own)))
+    for name in own:
+        if name in state and own[name].shape != state[name].shape:
+            wrong.append(f"{name} ({tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here)")
+    if wrong:
+        raise CheckpointError(f"{where}: not {kind}; differs in {', '.join(wrong[:5])}.")
+    network.load_state_dict(state, strict=False)
+    return sorted(left_over)
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:

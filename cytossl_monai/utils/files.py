@@ -145,8 +145,8 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
         if not existing.is_dir():
             raise OutputError(f"cannot write to {folder}: {existing} is a file; give another folder")
         if not os.access(existing, os.W_OK | os.X_OK):
-            reason = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
-            raise OutputError(f"cannot write to {folder}: {_REASONS[reason]}")
+            code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OutputError(f"cannot write to {folder}: {_REASONS[code]}")
     if _is_full(existing / "*"):
         raise OutputError(f"cannot write to {folder}: {_REASONS[errno.ENOSPC]}")
 

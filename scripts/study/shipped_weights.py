@@ -47,12 +47,13 @@ def around(image: np.ndarray, mpp: float, margin: bool) -> Iterator[np.ndarray]:
 
 def frame_tiles(folder: Path, mpp: float) -> Iterator[np.ndarray]:
     """Tiles of every image of a folder; coarse ones are enlarged, so that a cell has its size."""
+    coarse = mpp > 1.1 * MPP
     for path in sorted(folder.iterdir()):
         image = Image.open(path).convert("RGB")
-        if mpp > 1.1 * MPP:
+        if coarse:
             sides = (round(image.width * mpp / MPP), round(image.height * mpp / MPP))
             image = image.resize(sides, Image.Resampling.BICUBIC)
-        yield from around(np.asarray(image), MPP if mpp > 1.1 * MPP else mpp, margin=False)
+        yield from around(np.asarray(image), MPP if coarse else mpp, margin=False)
 
 
 def slide_tiles(path: Path, number: int = 6000, side: int = 896, each: int = 41) -> Iterator[np.ndarray]:

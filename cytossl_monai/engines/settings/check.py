@@ -239,23 +239,28 @@ def _own_names(files: Sequence[str | os.PathLike[str]]) -> set[str]:
     for file in files:
         if Path(file).is_file():
             config = ConfigParser.load_config_file(file)
-            used = {name.split("::")[0] for text in _strings(config) for name in _references(text)}
-            names |= used & {str(key) for key in config}
+            names |= _heads(_references(config)) & {str(key) for key in config}
     return names
 
 
-def _references(text: str) -> Iterable[str]:
-    return ReferenceResolver.match_refs_pattern(ReferenceResolver.normalize_id(text))
+def _references(config: Mapping[str, Any]) -> set[str]:
+    """All ids that the texts of a configuration refer to, but for its comments."""
+    return {
+        reference
+        for text in _strings(_without_meta(config))
+        for reference in ReferenceResolver.match_refs_pattern(ReferenceResolver.normalize_id(text))
+    }
+
+
+def _heads(references: Iterable[str]) -> set[str]:
+    """The top-level ids of references."""
+    return {reference.split("::")[0] for reference in references}
 
 
 def _check_names(config: Mapping[str, Any], known: set[str], defined: Mapping[str, Any]) -> None:
     """An id counts that the bundle's own configuration defines, or that something refers to."""
-    used = {
-        reference
-        for text in _strings(_without_meta(config))
-        for reference in ReferenceResolver.match_refs_pattern(text)
-    }
-    heads = {reference.split("::")[0] for reference in used}
+    used = _references(config)
+    heads = _heads(used)
     known_here = known | _RESERVED | heads | {"bundle_root", "data_root"}
     for key, value in config.items():
         name = str(key)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytossl_monai.networks.weight_files import read_weights
-from cytossl_monai.utils.errors import CheckpointError
+from cytossl_monai.networks.weight_files import fill_network, read_weights
 
 __all__ = ["EfficientNetLite", "efficientnet_lite0", "load_efficientnet_lite_weights"]
 
@@ -178,17 +177,8 @@ def load_efficientnet_lite_weights(
     """
     where, state = read_weights(weights)
     renamed = {_own_name(str(name)): value for name, value in state.items()}
-    own = network.state_dict()
-    behind = [n for n in renamed if n not in own and n.startswith(("blocks.", "_conv_head.", "_bn1.", "_fc."))]
-    lacking = sorted(name for name in own if name not in renamed and not name.endswith("num_batches_tracked"))
-    wrong = lacking + sorted(set(renamed) - set(own) - set(behind))
-    for name in own:
-        if name in renamed and own[name].shape != renamed[name].shape:
-            wrong.append(f"{name} ({tuple(renamed[name].shape)} in the file, {tuple(own[name].shape)} here)")
-    if wrong:
-        raise CheckpointError(f"{where}: not an EfficientNet-Lite0; differs in {', '.join(wrong[:5])}.")
-    network.load_state_dict({name: value for name, value in renamed.items() if name in own}, strict=False)
-    return sorted(behind)
+    behind = ("blocks.", "_conv_head.", "_bn1.", "_fc.")
+    return fill_network(network, where, renamed, behind, "an EfficientNet-Lite0")
 
 
 def efficientnet_lite0(

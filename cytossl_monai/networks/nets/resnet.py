@@ -9,8 +9,7 @@ from typing import Any
 from monai.networks.nets.resnet import ResNet, ResNetBlock, ResNetBottleneck
 from torch import Tensor, nn
 
-from cytossl_monai.networks.weight_files import read_weights
-from cytossl_monai.utils.errors import CheckpointError
+from cytossl_monai.networks.weight_files import fill_network, read_weights
 
 __all__ = [
     "ResNetFeatures",
@@ -142,20 +141,8 @@ def load_resnet_weights(network: nn.Module, weights: str | os.PathLike[str] | Ma
         CheckpointError: where the file does not fit, with the names and shapes that differ.
     """
     where, state = read_weights(weights)
-    own = network.state_dict()
-    behind = [name for name in state if name not in own and name.startswith(("fc.", "layer4.", "stage4."))]
-    state = {name: value for name, value in state.items() if name not in behind}
-    # Counters of batches are no weights: files converted from elsewhere lack them.
-    lacking = {name for name in set(own) - set(state) if not name.endswith("num_batches_tracked")}
-    wrong = sorted(lacking | (set(state) - set(own)))
-    for name in own:
-        if name in state and own[name].shape != state[name].shape:
-            wrong.append(f"{name} ({tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here)")
-    if wrong:
-        kind = "a ResNet-50 v2" if isinstance(network, ResNetV2Features) else "a ResNet-50 of torchvision's layout"
-        raise CheckpointError(f"{where}: not {kind}; differs in {', '.join(wrong[:5])}.")
-    network.load_state_dict(state, strict=False)
-    return sorted(behind)
+    kind = "a ResNet-50 v2" if isinstance(network, ResNetV2Features) else "a ResNet-50 of torchvision's layout"
+    return fill_network(network, where, state, ("fc.", "layer4.", "stage4."), kind)
 
 
 def resnet50(

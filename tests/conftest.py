@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,29 @@ def _seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test may use the global state
+
+
+@pytest.fixture(autouse=True)
+def _log_stays() -> Iterator[None]:
+    """A bundle that runs in this process gives the root logger handlers; the next test starts without them."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+    root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay() -> Iterator[None]:
+    """No run leaves its answer to a signal behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before, "a signal handler was left behind"
 
 
 @pytest.fixture

@@ -60,13 +60,12 @@ class PreemptionHandler:
             self.checkpoint = found
         engine.add_event_handler(Events.STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
-        engine.add_event_handler(Events.COMPLETED, self._restore)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
-    def _listen(self) -> None:
+    def _listen(self, engine: SSLTrainer) -> None:
         if threading.current_thread() is not threading.main_thread():
             logger.warning("Not in the main thread: signals are not obeyed, SIGTERM will end the run at once.")
             return
+        engine.on_end.callback(self._restore)
         self._before = {number: signal.signal(number, self._on_signal) for number in self.signals}
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
@@ -83,11 +82,6 @@ class PreemptionHandler:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
-
-    def _fail(self, error: BaseException) -> None:
-        """Stop listening, and let the error go on its way: Ignite takes an exception with a handler for handled."""
-        self._restore()
-        raise error
 
     def _leaving(self, engine: SSLTrainer) -> bool:
         if world_size() == 1:

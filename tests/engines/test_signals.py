@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -108,6 +109,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_python_drops_ends_the_run_after_the_step(tmp_path: Path) -> None:
     """An exception of a finaliser is dropped: a Ctrl-C that arrives there would be lost."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that started this in the background ignores it
     trainer = make_trainer(tmp_path, steps=5)
 
     class Finalised:
@@ -122,6 +124,26 @@ def test_an_interrupt_that_python_drops_ends_the_run_after_the_step(tmp_path: Pa
         trainer.run()
     assert trainer.state.iteration == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("ending", ["it ends", "it fails", "a handler takes the error"])
+def test_signals_are_given_back_however_the_run_ends(ending: str, tmp_path: Path) -> None:
+    """Ignite takes an error with a handler for handled: no handler that is asked after it would hear of it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    trainer = make_trainer(tmp_path, steps=3)
+
+    @trainer.on(Events.ITERATION_STARTED(once=2))
+    def fail() -> None:
+        assert [signal.getsignal(number) for number in numbers] != before
+        if ending != "it ends":
+            raise ZeroDivisionError
+
+    if ending == "a handler takes the error":
+        trainer.add_event_handler(Events.EXCEPTION_RAISED, lambda error: None)
+    with pytest.raises(ZeroDivisionError) if ending == "it fails" else contextlib.nullcontext():
+        trainer.run()
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 SLOW = """

@@ -31,11 +31,11 @@ def told_of(folder, slide):
 
 
 def states(folder):
-    """Name to (inode, time of writing) of every file but locks: a file that is written again has another."""
+    """Name to (inode, time of writing) of every file but locks and logs: a file that is written again has another."""
     return {
         p: (p.stat().st_ino, p.stat().st_mtime_ns)
         for p in folder.rglob("*")
-        if p.is_file() and p.parent.name != ".locks"
+        if p.is_file() and p.parent.name != ".locks" and p.name != "run.log"
     }
 
 

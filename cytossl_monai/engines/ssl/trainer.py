@@ -186,6 +186,7 @@ class SSLTrainer(Trainer):
         self.stateful: dict[str, Stateful] = {}
         self.sinks: list[Callable[[int, int, dict[str, float]], None]] = []
         self.last_checkpoint: Path | None = None
+        self.on_end = contextlib.ExitStack()  # what handlers undo at the end of the run, however it ends
         self._bad = torch.zeros((), dtype=torch.bool, device=self.state.device)
         self.add_event_handler(Events.STARTED, self._start)
         if train_handlers is not None:
@@ -202,7 +203,7 @@ class SSLTrainer(Trainer):
             LockedError: when another run trains in the same folder.
         """
         folder = self.checkpoint_dir if is_main() else None
-        with folder_lock(folder, "pretraining") if folder is not None else contextlib.nullcontext():
+        with folder_lock(folder, "pretraining") if folder is not None else contextlib.nullcontext(), self.on_end:
             Workflow.run(self)
 
     def _start(self) -> None:

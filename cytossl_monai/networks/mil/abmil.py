@@ -1,7 +1,5 @@
 """Attention-based MIL (Ilse et al., ICML 2018), plain and gated."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -68,12 +66,12 @@ class ABMIL(MILModel):
     ) -> None:
         super().__init__(in_features, n_outputs)
         self.embed_dim, self.attention_dim, self.gated = embed_dim, attention_dim, gated
+        self.dropout, self.feature_dropout = float(dropout), float(feature_dropout)
         self.embed = nn.Sequential(
             nn.Dropout(feature_dropout), nn.Linear(in_features, embed_dim), nn.ReLU(), nn.Dropout(dropout)
         )
         self.score = AttentionScore(embed_dim, attention_dim, 1, gated, dropout)
         self.classifier = nn.Linear(embed_dim, n_outputs)
-        self._dropouts = [float(dropout), float(feature_dropout)]
 
     def forward_bag(self, features: Tensor, mask: Tensor) -> MILOutput:
         """See ``MILModel.forward_bag``."""
@@ -83,16 +81,3 @@ class ABMIL(MILModel):
         scores = self.classifier(embedding).masked_fill(~mask.unsqueeze(-1), 0.0)
         extra: dict[str, Tensor] = {}
         return MILOutput(self.classifier(bag), attention, scores, None, extra)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "attention_dim": self.attention_dim,
-            "gated": self.gated,
-            "dropout": self._dropouts[0],
-            "feature_dropout": self._dropouts[1],
-        }

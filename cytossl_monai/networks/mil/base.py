@@ -2,7 +2,8 @@
 
 # No `from __future__ import annotations` here: TorchScript must be able to read the annotations of MILOutput.
 
-from typing import Any, NamedTuple
+import inspect
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ class MILModel(nn.Module):
     from the training slides (``set_standardisation``) and travel with the weights, so that whoever calls the model
     gives it features as the encoder made them. Until they are set they do nothing.
 
-    A subclass implements ``forward_bag(features, mask)``. It must treat tiles outside ``mask`` as absent.
+    A subclass implements ``forward_bag(features, mask)``. It must treat tiles outside ``mask`` as absent. It keeps each
+    of its constructor's arguments, as plain data, in an attribute of the same name: ``config`` reads them there.
 
     Args:
         in_features: width D of the features.
@@ -45,6 +47,7 @@ class MILModel(nn.Module):
 
     order_matters: bool = False
     """True where the method's result depends on the order of the tiles (TransMIL)."""
+    __jit_unused_properties__: ClassVar[list[str]] = ["config"]  # what TorchScript need not compile
 
     def __init__(self, in_features: int, n_outputs: int) -> None:
         super().__init__()
@@ -112,8 +115,19 @@ class MILModel(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-like: with ``_target_`` they rebuild the network (see ``networks/build.py``)."""
-        raise NotImplementedError(f"{type(self).__name__} must say its constructor arguments")
+        """Constructor arguments, JSON-like: with ``_target_`` they rebuild the network (see ``networks/build.py``).
+
+        Raises:
+            NotImplementedError: by a subclass that does not keep an argument.
+        """
+        names = list(inspect.signature(type(self)).parameters)
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not keep {', '.join(missing)}; keep every constructor argument in an "
+                "attribute of its name, or say them in config"
+            )
+        return {name: getattr(self, name) for name in names}
 
 
 def full_mask(features: Tensor) -> Tensor:

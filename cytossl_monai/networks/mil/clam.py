@@ -1,7 +1,5 @@
 """CLAM: attention with an instance clustering loss (Lu et al., Nature Biomedical Engineering 2021)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,22 +108,6 @@ class CLAM(MILModel):
         # The graph reaches the instance classifier even where no bag took part (all of one tile): no None gradients.
         anchor = 0.0 * sum(p.sum() for p in self.instance_classifier.parameters())
         return {"instance": self.instance_weight * total / max(1, count) + anchor}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "multi_branch": self.multi_branch,
-            "embed_dim": self.embed_dim,
-            "attention_dim": self.attention_dim,
-            "dropout": self.dropout,
-            "n_sampled": self.n_sampled,
-            "instance_weight": self.instance_weight,
-            "instance_loss": self.instance_loss,
-            "exclusive": self.exclusive,
-        }
 
 
 def smooth_top1_svm(logits: Tensor, labels: Tensor, margin: float = 1.0, tau: float = 1.0) -> Tensor:

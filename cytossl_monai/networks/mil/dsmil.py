@@ -1,7 +1,5 @@
 """DSMIL: dual-stream MIL with a critical tile (Li, Li & Eliceiri, CVPR 2021)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,16 +71,4 @@ class DSMIL(MILModel):
         return {
             name.replace("logits", "stream"): weight * F.binary_cross_entropy_with_logits(output.extra[name], indicator)
             for name in ("tile_logits", "bag_logits")
-        }
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "query_dim": self.query_dim,
-            "dropout": self.dropout,
-            "stream_weight": self.stream_weight,
         }

@@ -1,7 +1,5 @@
 """DTFD-MIL: double-tier feature distillation over pseudo-bags (Zhang et al., CVPR 2022)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,17 +114,3 @@ class DTFDMIL(MILModel):
         logits, filled = output.extra["tier1_logits"], output.extra["filled"]
         wanted = indicator.unsqueeze(1).expand_as(logits)
         return {"tier1": self.tier1_weight * F.binary_cross_entropy_with_logits(logits[filled], wanted[filled])}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "n_pseudo": self.n_pseudo,
-            "distillation": self.distillation,
-            "embed_dim": self.embed_dim,
-            "attention_dim": self.attention_dim,
-            "dropout": self.dropout,
-            "tier1_weight": self.tier1_weight,
-        }

@@ -57,17 +57,6 @@ class MONAIHead(MILModel):
         tokens = _encode(self.head.transformer, self.embed(features), mask)
         return _attend(self.head.attention, self.head.myfc, tokens, mask)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "trans_blocks": self.trans_blocks,
-            "trans_dropout": self.trans_dropout,
-        }
-
 
 class MONAIPyramidHead(MILModel):
     """MONAI's ``att_trans_pyramid``: a transformer on each level of a ResNet-50, fine joined to coarse.
@@ -115,16 +104,6 @@ class MONAIPyramidHead(MILModel):
             tokens = _encode(stage[1], stage[0](torch.cat([tokens, part], dim=-1)), mask)
         tokens = _encode(stages[3], torch.cat([tokens, parts[3]], dim=-1), mask)
         return _attend(self.attention, self.myfc, tokens, mask)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "trans_blocks": self.trans_blocks,
-            "trans_dropout": self.trans_dropout,
-        }
 
 
 def _encode(encoder: Any, tokens: Tensor, mask: Tensor) -> Tensor:

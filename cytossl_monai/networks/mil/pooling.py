@@ -1,7 +1,5 @@
 """The plainest multiple-instance classifiers: mean and maximum over tiles."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -34,16 +32,6 @@ class MeanMIL(MILModel):
         extra: dict[str, Tensor] = {}
         return MILOutput(self.classifier(masked_mean(embedding, mask)), attention, scores, None, extra)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "dropout": self.dropout,
-        }
-
 
 class MaxMIL(MILModel):
     """Classifies every tile; the highest logit of each output stands for the bag. The order does not matter.
@@ -69,16 +57,6 @@ class MaxMIL(MILModel):
         attention = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).scatter(1, deciding, 1.0)
         extra: dict[str, Tensor] = {}
         return MILOutput(logits, attention, scores.masked_fill(~mask.unsqueeze(-1), 0.0), None, extra)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "dropout": self.dropout,
-        }
 
 
 def _embedding(in_features: int, embed_dim: int, dropout: float) -> nn.Sequential:

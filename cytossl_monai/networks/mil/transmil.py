@@ -1,7 +1,5 @@
 """TransMIL: correlated MIL with Nystrom attention and pyramid position encoding (Shao et al., NeurIPS 2021)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -104,15 +102,3 @@ class TransMIL(MILModel):
         total = attention.sum()
         attention = attention / total if float(total) > 0 else torch.full_like(attention, 1.0 / n)
         return self.classifier(self.norm(tokens[0])), attention
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "n_heads": self.n_heads,
-            "n_landmarks": self.n_landmarks,
-            "dropout": self.dropout,
-        }

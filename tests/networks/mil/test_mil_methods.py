@@ -1,5 +1,8 @@
 """Properties that every multiple-instance method must have."""
 
+import inspect
+import json
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from cytossl_monai.networks.build import build_network, network_config
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.clam import CLAM
 from cytossl_monai.networks.mil.cytology.less import LESS
+from cytossl_monai.networks.mil.cytology.svdd import DeepSVDD
 from cytossl_monai.networks.mil.dsmil import DSMIL
 from cytossl_monai.networks.mil.dtfd import DTFDMIL
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
@@ -134,6 +138,51 @@ def test_config_rebuilds_the_network(make):
     again.load_state_dict(model.state_dict())
     features, mask = bags()
     torch.testing.assert_close(again(features, mask).logits, model(features, mask).logits)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        (MeanMIL, {"embed_dim": 0, "dropout": 0.5}),
+        (MaxMIL, {"embed_dim": 0, "dropout": 0.5}),
+        (ABMIL, {"embed_dim": 8, "attention_dim": 4, "gated": False, "dropout": 0.5, "feature_dropout": 0.0}),
+        (DSMIL, {"embed_dim": 8, "query_dim": 4, "dropout": 0.5, "stream_weight": 0.1}),
+        (
+            CLAM,
+            {"multi_branch": True, "embed_dim": 8, "attention_dim": 4, "dropout": 0.5, "n_sampled": 2}
+            | {"instance_weight": 0.1, "instance_loss": "ce", "exclusive": False},
+        ),
+        (TransMIL, {"embed_dim": 16, "n_heads": 2, "n_landmarks": 4, "dropout": 0.5}),
+        (
+            DTFDMIL,
+            {"n_pseudo": 2, "distillation": "max", "embed_dim": 8, "attention_dim": 4, "dropout": 0.5}
+            | {"tier1_weight": 0.1},
+        ),
+        (
+            LESS,
+            {"embed_dim": 8, "n_heads": 2, "n_blocks": 1, "depths": [1, 2], "mlp_ratio": 1.0, "dropout": 0.5}
+            | {"feature_scales": 2},
+        ),
+        (DeepSVDD, {"embed_dim": 8, "hidden_dim": 4, "top_share": 0.5, "momentum": 0.5}),
+        (MONAIHead, {"embed_dim": None, "trans_blocks": 1, "trans_dropout": 0.5}),
+        (MONAIPyramidHead, {"trans_blocks": 2, "trans_dropout": 0.5}),
+    ],
+)
+def test_config_holds_every_argument(network, arguments):
+    """Arguments other than the defaults: one that is forgotten would come back as its default."""
+    arguments = {"in_features": 16, "n_outputs": 2, **arguments}
+    assert set(arguments) == set(inspect.signature(network).parameters)
+    config = network(**arguments).config
+    assert json.loads(json.dumps(config)) == arguments
+
+
+def test_a_network_that_forgets_an_argument_is_named():
+    class Forgetful(MeanMIL):
+        def __init__(self, in_features, n_outputs, sharpness=1.0):
+            super().__init__(in_features, n_outputs)
+
+    with pytest.raises(NotImplementedError, match="Forgetful does not keep sharpness"):
+        network_config(Forgetful(4, 2))
 
 
 def test_standardisation_is_inside(make):

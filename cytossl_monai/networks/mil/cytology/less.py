@@ -1,7 +1,6 @@
 """LESS: a cross-attention classifier over two scales, made for cytology (Zhao et al., Medical Image Analysis 2024)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +101,7 @@ class CrossClass(nn.Module):
 class Block(nn.Module):
     """Each scale through layers of its own, then the class tokens exchanged."""
 
-    def __init__(self, dim: int, n_heads: int, depths: tuple[int, int], mlp_ratio: float, dropout: float) -> None:
+    def __init__(self, dim: int, n_heads: int, depths: Sequence[int], mlp_ratio: float, dropout: float) -> None:
         super().__init__()
         self.scales = nn.ModuleList(
             nn.ModuleList(Layer(dim, n_heads, mlp_ratio, dropout) for _ in range(depth)) for depth in depths
@@ -172,8 +171,8 @@ class LESS(MILModel):
             )
         if n_blocks < 1 or len(depths) != 2 or min(depths) < 1:
             raise ValueError(f"n_blocks and both depths must be at least 1, got {n_blocks} and {list(depths)}")
-        self.embed_dim, self.n_heads, self.n_blocks = embed_dim, n_heads, n_blocks
-        self.depths, self.mlp_ratio, self.dropout = (int(depths[0]), int(depths[1])), float(mlp_ratio), float(dropout)
+        self.embed_dim, self.n_heads, self.n_blocks, self.feature_scales = embed_dim, n_heads, n_blocks, feature_scales
+        self.depths, self.mlp_ratio, self.dropout = [int(depth) for depth in depths], float(mlp_ratio), float(dropout)
         half = in_features // 2
         self.embed = nn.ModuleList(nn.Linear(half, embed_dim) for _ in range(2))
         self.class_tokens = nn.Parameter(torch.randn(2, 1, 1, embed_dim) * 0.02)
@@ -200,17 +199,3 @@ class LESS(MILModel):
         )
         attention = weights.detach() / weights.detach().sum(dim=1, keepdim=True).clamp_min(1e-12)
         return MILOutput(logits, attention, None, None, {})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "n_heads": self.n_heads,
-            "n_blocks": self.n_blocks,
-            "depths": list(self.depths),
-            "mlp_ratio": self.mlp_ratio,
-            "dropout": self.dropout,
-        }

@@ -1,7 +1,5 @@
 """One-class detection: how far a slide's tiles lie from negative slides' (deep SVDD, Ruff et al., ICML 2018)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -122,15 +120,3 @@ class DeepSVDD(MILModel):
         # A single slide has no deviation yet: a tenth of its score stands in.
         self.score_std.lerp_(deviation.clamp_min(0.1 * float(mean.abs()) + 1e-6), 1 - keep)
         self.started.fill_(True)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {
-            "in_features": self.in_features,
-            "n_outputs": self.n_outputs,
-            "embed_dim": self.embed_dim,
-            "hidden_dim": self.hidden_dim,
-            "top_share": self.top_share,
-            "momentum": self.momentum,
-        }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cytossl_monai.losses.dino import entropy
 from cytossl_monai.methods.base import Views
@@ -21,62 +21,12 @@ class DINO(SelfDistillation):
     Paper: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021; Sinkhorn-Knopp in
     place of centring as in DINOv2 (Oquab et al., TMLR 2024).
 
-    Args:
-        encoder: maps images (B, 3, H, W) of several sizes to (B, D).
-        out_dim: number of prototypes K.
-        hidden_dim: width inside the head.
-        bottleneck_dim: width before the prototypes.
-        head_layers: linear layers before the prototypes.
-        learn_gain: learn the gains of the weight-normalised last layer (``norm_last_layer=False``); less stable.
-        student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's, after the warm-up.
-        warmup_teacher_temperature: at the start.
-        temperature_warmup: share of the training over which it rises (30 of 300 epochs).
-        centering: ``momentum`` or ``sinkhorn``.
-        center_momentum: of the center.
-        momentum: of the teacher at the start; it rises to 1 along a cosine. The paper advises more than 0.996 for
-            batches far below 1024 images.
-        freeze_last_layer: share of the training during which the prototypes stand still (1 of 100 epochs).
+    The arguments are those of :class:`SelfDistillation`; the encoder maps images (B, 3, H, W) of several sizes to
+    (B, D).
 
     Raises:
         ValueError: for a value outside its range.
     """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        out_dim: int = 65536,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        head_layers: int = 3,
-        learn_gain: bool = False,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        warmup_teacher_temperature: float = 0.04,
-        temperature_warmup: float = 0.1,
-        centering: str = "momentum",
-        center_momentum: float = 0.9,
-        momentum: float = 0.996,
-        freeze_last_layer: float = 0.01,
-    ) -> None:
-        super().__init__(
-            encoder,
-            getattr(encoder, "embed_dim", 0),
-            out_dim,
-            hidden_dim,
-            bottleneck_dim,
-            head_layers,
-            learn_gain,
-            student_temperature,
-            teacher_temperature,
-            warmup_teacher_temperature,
-            temperature_warmup,
-            centering,
-            center_momentum,
-            momentum,
-            freeze_last_layer,
-        )
-        self.follow_schedules(0.0)
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         """Loss over all global and local views; see :class:`SSLMethod`.

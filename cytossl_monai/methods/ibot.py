@@ -30,24 +30,15 @@ class IBOT(SelfDistillation):
     Papers: Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022; Oquab et al., "DINOv2:
     Learning Robust Visual Features without Supervision", TMLR 2024.
 
+    Arguments that are not listed are those of :class:`SelfDistillation`, and hold for class token and patches alike.
+
     Args:
         encoder: a ViT or SR-Transformer in an ``Encoder`` (``forward_tokens`` with ``mask``).
         out_dim: number of prototypes of the class token.
         patch_out_dim: number of prototypes of patches; must equal ``out_dim`` for a shared head.
         shared_head: one head for class token and patches (iBOT), or one each (DINOv2).
-        hidden_dim: width inside the heads.
-        bottleneck_dim: width before the prototypes.
-        head_layers: linear layers before the prototypes.
-        learn_gain: learn the gains of the last layer; less stable.
-        student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's for the class token, after the warm-up.
+        teacher_temperature: of the teacher's softmax for the class token, after the warm-up.
         teacher_patch_temperature: of the teacher's for patches, after the warm-up.
-        warmup_teacher_temperature: of both at the start.
-        temperature_warmup: share of the training over which they rise (30 of 300 epochs).
-        centering: ``momentum`` or ``sinkhorn``.
-        center_momentum: of both centers.
-        momentum: of the teacher at the start; it rises to 1 along a cosine.
-        freeze_last_layer: share of the training during which the prototypes stand still.
         mask_probability: share of global views that are masked.
         mask_ratio: smallest and largest share of patches hidden in a masked view.
         patch_weight: weight of the patch loss.
@@ -97,10 +88,8 @@ class IBOT(SelfDistillation):
             raise ValueError(f"teacher temperatures must be positive, got {teacher_patch_temperature}")
         if shared_head and patch_out_dim != out_dim:
             raise ValueError(f"a shared head needs patch_out_dim equal to out_dim, got {patch_out_dim} and {out_dim}")
-        width = token_width(encoder)
         super().__init__(
             encoder,
-            width,
             out_dim,
             hidden_dim,
             bottleneck_dim,
@@ -116,6 +105,7 @@ class IBOT(SelfDistillation):
             freeze_last_layer,
         )
         self.shared_head = shared_head
+        width = self.head_width(encoder)
         if not shared_head:
             self.patch_head = DINOHead(width, patch_out_dim, hidden_dim, bottleneck_dim, head_layers, learn_gain)
             self.add_teacher("teacher_patch_head", "patch_head")
@@ -129,6 +119,11 @@ class IBOT(SelfDistillation):
         self.temperatures["teacher_patch_temperature"] = teacher_patch_temperature
         self.register_buffer("teacher_patch_temperature", torch.ones(()))
         self.follow_schedules(0.0)
+
+    @staticmethod
+    def head_width(encoder: nn.Module) -> int:
+        """Width of a token: class token and patches may share a head."""
+        return token_width(encoder)
 
     def forward(self, views: Views) -> dict[str, Tensor]:
         """Loss over all views; see :class:`SSLMethod`.

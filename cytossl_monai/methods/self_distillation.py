@@ -18,24 +18,25 @@ __all__ = ["SelfDistillation"]
 class SelfDistillation(SSLMethod):
     """Student, momentum teacher, a head with prototypes on each, targets that do not collapse, and their schedules.
 
-    The student is trained; the teacher is what is kept, as the papers found it the better one throughout.
+    The student is trained; the teacher is what is kept, as the papers found it the better one throughout. The defaults
+    are DINO's.
 
     Args:
         encoder: see :class:`SSLMethod`.
-        width: of the tokens that the head takes.
-        out_dim: number of prototypes.
-        hidden_dim: width inside the head.
+        out_dim: number of prototypes K.
+        hidden_dim: width inside the heads.
         bottleneck_dim: width before the prototypes.
         head_layers: linear layers before the prototypes.
-        learn_gain: learn the gains of the weight-normalised last layer.
+        learn_gain: learn the gains of the weight-normalised last layer (``norm_last_layer=False``); less stable.
         student_temperature: of the student's softmax.
         teacher_temperature: of the teacher's, after the warm-up.
-        warmup_teacher_temperature: at the start.
-        temperature_warmup: share of the training over which it rises.
+        warmup_teacher_temperature: of the teacher's at the start.
+        temperature_warmup: share of the training over which it rises (30 of 300 epochs).
         centering: ``momentum`` or ``sinkhorn``.
         center_momentum: of the center.
-        momentum: of the teacher at the start; it rises to 1 along a cosine.
-        freeze_last_layer: share of the training during which the prototypes stand still.
+        momentum: of the teacher at the start; it rises to 1 along a cosine. DINO advises more than 0.996 for batches
+            far below 1024 images.
+        freeze_last_layer: share of the training during which the prototypes stand still (1 of 100 epochs).
 
     Raises:
         ValueError: for a value outside its range.
@@ -48,20 +49,19 @@ class SelfDistillation(SSLMethod):
     def __init__(
         self,
         encoder: nn.Module,
-        width: int,
-        out_dim: int,
-        hidden_dim: int,
-        bottleneck_dim: int,
-        head_layers: int,
-        learn_gain: bool,
-        student_temperature: float,
-        teacher_temperature: float,
-        warmup_teacher_temperature: float,
-        temperature_warmup: float,
-        centering: str,
-        center_momentum: float,
-        momentum: float,
-        freeze_last_layer: float,
+        out_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        head_layers: int = 3,
+        learn_gain: bool = False,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        warmup_teacher_temperature: float = 0.04,
+        temperature_warmup: float = 0.1,
+        centering: str = "momentum",
+        center_momentum: float = 0.9,
+        momentum: float = 0.996,
+        freeze_last_layer: float = 0.01,
     ) -> None:
         super().__init__(encoder)
         if not 0.0 <= momentum <= 1.0:
@@ -70,7 +70,9 @@ class SelfDistillation(SSLMethod):
             raise ValueError(
                 f"teacher temperatures must be positive, got {warmup_teacher_temperature} and {teacher_temperature}"
             )
-        self.head = DINOHead(width, out_dim, hidden_dim, bottleneck_dim, head_layers, learn_gain=learn_gain)
+        self.head = DINOHead(
+            self.head_width(encoder), out_dim, hidden_dim, bottleneck_dim, head_layers, learn_gain=learn_gain
+        )
         self.add_teacher("teacher", "student")
         self.add_teacher("teacher_head", "head")
         self.target = TeacherTarget(out_dim, centering, center_momentum)
@@ -80,6 +82,12 @@ class SelfDistillation(SSLMethod):
         self.warmup = (warmup_teacher_temperature, temperature_warmup)
         self.freeze_share = freeze_last_layer
         self.register_buffer("teacher_temperature", torch.ones(()))
+        self.follow_schedules(0.0)
+
+    @staticmethod
+    def head_width(encoder: nn.Module) -> int:
+        """Width of what the head takes: the encoder's embedding."""
+        return int(getattr(encoder, "embed_dim", 0))
 
     @property
     def encoder(self) -> nn.Module:
@@ -107,7 +115,7 @@ class SelfDistillation(SSLMethod):
         self.follow_schedules(progress)
 
     def follow_schedules(self, progress: float) -> None:
-        """Set temperatures and freeze or thaw the prototypes; subclasses call it at the end of their constructor."""
+        """Set temperatures and freeze or thaw the prototypes; a subclass that adds some calls it in its constructor."""
         start, share = self.warmup
         for name, end in self.temperatures.items():
             getattr(self, name).fill_(linear_warmup(start, end, progress, share))

@@ -56,15 +56,15 @@ def perturb_one(
     scale = check_mpp(mpp, 1)
     donors = donor_masks = None
     if donor is not None:
-        given = _plain(donor).to(image.device)
-        check_images(given, keys[2], dims=3)
-        if given.shape != image.shape or given.dtype != image.dtype:
+        other = _plain(donor).to(image.device)
+        check_images(other, keys[2], dims=3)
+        if other.shape != image.shape or other.dtype != image.dtype:
             raise ValueError(
-                f"{keys[2]} is {given.dtype} of the shape {tuple(given.shape)}; allowed is what {keys[0]} is: "
+                f"{keys[2]} is {other.dtype} of the shape {tuple(other.shape)}; allowed is what {keys[0]} is: "
                 f"{image.dtype} of the shape {tuple(image.shape)}"
             )
-        donors = given.unsqueeze(0)
-        donor_masks = None if donor_mask is None else check_masks(_plain(donor_mask), given, keys[3]).unsqueeze(0)
+        donors = other.unsqueeze(0)
+        donor_masks = None if donor_mask is None else check_masks(_plain(donor_mask), other, keys[3]).unsqueeze(0)
     draw = settings.draw(torch.tensor([seed], dtype=torch.int64), own_donors=donor is not None)
     real = check_valid(valid, 1, *image.shape[-2:])
     out = perturb(image.unsqueeze(0), mask, scale, draw, settings, donors, donor_masks, nuclei=nuclei, valid=real)[0]
@@ -99,19 +99,14 @@ def _nuclei(
 class NucleiCenteredPerturb(Transform):
     """Perturb all but the nuclei of a tile, always in the same way.
 
+    Arguments that are not listed are those of :class:`NCPSettings`; the nuclei and their margin stay, unless
+    ``keep_radius_um`` is set.
+
     Args:
-        ops: ``{name: strength}`` with strengths in [0, 1]; every op that is named acts, with its whole strength. Names:
-            exchange (the published one), blur, noise, fade, stain, shuffle, swap (needs a donor), cutout.
+        ops: ``{name: strength}`` with strengths in [0, 1]; every op that is named acts, with its whole strength.
+            ``swap`` needs a donor.
         mpp: micrometres per pixel of tiles that do not state their own.
         seed: decides the noise, and where patches and rectangles lie.
-        margin_um: micrometres around a nucleus that are kept whole.
-        feather_um: micrometres over which the original then passes into the perturbed.
-        patch_um: side of the patches of ``shuffle``, in micrometres.
-        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
-        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
-            around their outline stay.
-        retain_prob: probability that a nucleus is retained; at least one is.
-        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
 
     Raises:
         ValueError: for an unknown op and for a number outside its range; the message names the key.
@@ -178,20 +173,10 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
 
     The seed that was drawn stays in ``self.seed``: :class:`BatchedNCP` makes the same pixels of the same seed.
 
+    Arguments that are not listed are those of :class:`NCPSettings`.
+
     Args:
-        ops: a preset (``"published"``, ``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength":
-            s}}``, as :class:`BatchedNCP` takes them.
         mpp: micrometres per pixel of tiles that do not state their own.
-        margin_um: micrometres around a nucleus that are kept whole.
-        feather_um: micrometres over which the original then passes into the perturbed.
-        patch_um: side of the patches of ``shuffle``, in micrometres.
-        prob: probability that a tile is perturbed at all.
-        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
-        random_amount: draw how much an op acts; None: as the preset has it.
-        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
-            around their outline stay. None: as the preset has it, 12.5 as published.
-        retain_prob: probability that a nucleus is retained; at least one is. None: as the preset has it.
-        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
 
     Raises:
         ValueError: for an unknown op or preset and for a number outside its range; the message names the key.
@@ -237,24 +222,9 @@ class RandNucleiCenteredPerturb(RandomizableTransform):
         points: NdarrayOrTensor | None = None,
         valid: NdarrayOrTensor | Sequence[float] | None = None,
     ) -> Tensor:
-        """Perturb a tile.
+        """Perturb a tile as :meth:`NucleiCenteredPerturb.__call__` does, of a seed drawn anew.
 
-        Args:
-            img: (3 or 1, H, W), uint8 or floating point in [0, 1]; not written to.
-            mask: (1, H, W) or (H, W), bool or 0 and 1: 1 on nuclei; where discs stay or a part is retained also an
-                instance map (0 background, 1, 2, ... nuclei); None with ``points``.
-            mpp: micrometres per pixel; None takes the constructor's, then ``img.meta["mpp"]``.
-            donor: another tile of the same shape and dtype, whose background ``swap`` takes; None leaves ``swap`` out.
-            donor_mask: the donor's nuclei, which are painted over; None takes the donor as it is.
-            randomize: draw anew; False repeats what ``self.seed`` decides.
-            points: (n, 2) x and y of the nuclei in pixels, of a detector; None takes the parts of the mask.
-            valid: (4,) left, top, right and bottom of the real pixels; None: all are. ``exchange`` leaves the fill be.
-
-        Returns:
-            A new tensor of the same shape and dtype, with the metadata of a MetaTensor.
-
-        Raises:
-            ValueError: for inputs that do not fit; the message names which.
+        ``randomize=False`` repeats what ``self.seed`` decides.
         """
         if randomize:
             self.randomize()

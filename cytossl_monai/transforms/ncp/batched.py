@@ -24,19 +24,8 @@ class BatchedNCP(nn.Module):
 
     Without arguments it does what is published: discs around some of the nuclei stay, all pixels outside change places.
 
-    Args:
-        ops: a preset (``"published"``, ``"light"``, ``"default"``, ``"strong"``) or ``{name: {"prob": p, "strength":
-            s}}`` with the names exchange, blur, noise, fade, stain, shuffle, swap, cutout; ops not named are off.
-        margin_um: micrometres around a nucleus that are kept whole.
-        feather_um: micrometres over which the original then passes into the perturbed.
-        patch_um: side of the patches of ``shuffle``, in micrometres.
-        prob: probability that a sample is perturbed at all.
-        empty: tiles without nuclei: ``"keep"`` leaves them as they are, ``"perturb"`` perturbs all of them, ``"drop"``
-            leaves them out, so that fewer samples come back (which ones, says :meth:`kept`).
-        random_amount: draw how much an op acts; see :class:`NCPSettings`, as for all that follow.
-        keep_radius_um: radius of the discs around nuclear centres that stay; 0: nuclei with ``margin_um`` stay.
-        retain_prob: probability that a nucleus is retained.
-        block_um: side of the blocks of ``exchange``; 0: one pixel.
+    All arguments are those of :class:`NCPSettings`; ``empty`` may also be ``"drop"``, which leaves tiles without nuclei
+    out, so that fewer samples come back (which ones, says :meth:`kept`).
 
     Raises:
         ValueError: for an unknown op or preset and for a number outside its range; the message names the key.

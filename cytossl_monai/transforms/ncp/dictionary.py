@@ -76,25 +76,15 @@ class _PerturbDict(MapTransform):
 
 
 class NucleiCenteredPerturbd(_PerturbDict):
-    """Dictionary twin of :class:`NucleiCenteredPerturb`.
+    """Dictionary twin of :class:`NucleiCenteredPerturb`, where the arguments that are not listed are explained.
 
     Args:
         keys: the tiles to perturb.
-        ops: as :class:`NucleiCenteredPerturb` takes them.
         mask_key: where the nuclei are.
         mpp: micrometres per pixel; None takes the MetaTensor's own ``meta["mpp"]``, then ``data[mpp_key]``.
         mpp_key: key of the sample's micrometres per pixel.
         donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
         donor_mask_key: where its nuclei are; None takes the donor as it is.
-        seed: decides the noise, and where patches and rectangles lie.
-        margin_um: micrometres around a nucleus that are kept whole.
-        feather_um: micrometres over which the original then passes into the perturbed.
-        patch_um: side of the patches of ``shuffle``, in micrometres.
-        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
-        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
-            around their outline stay.
-        retain_prob: probability that a nucleus is retained; at least one is.
-        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
         allow_missing_keys: pass over keys that are not there.
         points_key: where the nuclei's x and y are, of a detector; None: they are the parts of the mask.
         valid_key: where left, top, right and bottom of the real pixels are, as `ImageFolder` says them; None: all are.
@@ -135,27 +125,7 @@ class NucleiCenteredPerturbd(_PerturbDict):
 class RandNucleiCenteredPerturbd(RandomizableTransform, _PerturbDict):
     """Dictionary twin of :class:`RandNucleiCenteredPerturb`; all keys are perturbed with the same seed.
 
-    Args:
-        keys: the tiles to perturb.
-        ops: as :class:`RandNucleiCenteredPerturb` takes them.
-        mask_key: where the nuclei are.
-        mpp: micrometres per pixel; None takes the MetaTensor's own ``meta["mpp"]``, then ``data[mpp_key]``.
-        mpp_key: key of the sample's micrometres per pixel.
-        donor_key: where the tile is whose background ``swap`` takes; None leaves ``swap`` out.
-        donor_mask_key: where its nuclei are; None takes the donor as it is.
-        margin_um: micrometres around a nucleus that are kept whole.
-        feather_um: micrometres over which the original then passes into the perturbed.
-        patch_um: side of the patches of ``shuffle``, in micrometres.
-        prob: probability that a tile is perturbed at all.
-        empty: a tile without nuclei: ``"keep"`` leaves it as it is, ``"perturb"`` perturbs all of it.
-        random_amount: draw how much an op acts; None: as the preset has it.
-        keep_radius_um: radius in micrometres of the discs around nuclear centres that stay; 0: nuclei and a margin
-            around their outline stay. None: as the preset has it, 12.5 as published.
-        retain_prob: probability that a nucleus is retained; at least one is. None: as the preset has it.
-        block_um: side of the blocks of ``exchange``, in micrometres; 0: one pixel.
-        allow_missing_keys: pass over keys that are not there.
-        points_key: where the nuclei's x and y are, of a detector; None: they are the parts of the mask.
-        valid_key: where left, top, right and bottom of the real pixels are, as `ImageFolder` says them; None: all are.
+    Keys, and ``mpp``, are those of :class:`NucleiCenteredPerturbd`, all else is the array transform's.
     """
 
     def __init__(

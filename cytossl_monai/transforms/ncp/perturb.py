@@ -89,7 +89,7 @@ def perturb(
             active &= nuclei.counts() > 0
         elif masks is not None:
             active &= masks.flatten(1).any(1).cpu()
-    given = _given(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
+    backgrounds = _backgrounds(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
     for part in chunks(images):
         rows = active[part].nonzero().squeeze(1) + part.start
         if len(rows) < part.stop - part.start and not in_place:
@@ -98,7 +98,7 @@ def perturb(
             at = to_device(rows, images.device)
             stay = _what_stays(masks, nuclei, mpp, draw, settings, rows, images)
             real = None if valid is None else to_device(real_pixels(valid[rows], *images.shape[-2:]), images.device)
-            out.index_copy_(0, at, _perturb_part(images, stay, mpp, draw, settings, given, rows, real))
+            out.index_copy_(0, at, _perturb_part(images, stay, mpp, draw, settings, backgrounds, rows, real))
     return result
 
 
@@ -130,7 +130,7 @@ def _what_stays(
 
 
 @dataclass
-class _Given:
+class _Backgrounds:
     """The backgrounds that ``swap`` takes: (n, C, H, W) float32, and which of them is whose, (B,) int64 on the CPU."""
 
     plates: Tensor
@@ -142,9 +142,9 @@ def _weight(masks: Tensor, mpp: Tensor, settings: NCPSettings) -> Tensor:
     return ncp.nuclear_weight(masks, settings.margin_um / mpp, settings.feather_um / mpp)
 
 
-def _given(
+def _backgrounds(
     mpp: Tensor, draw: Draw, settings: NCPSettings, donors: Tensor, donor_masks: Tensor | None, active: Tensor
-) -> _Given | None:
+) -> _Backgrounds | None:
     """Backgrounds for the samples that take another's; None where none does."""
     if "swap" not in draw.amounts:
         return None
@@ -157,7 +157,7 @@ def _given(
             plates[part] = ncp.background_plate(plates[part], _weight(nuclei, mpp[rows[part]], settings))
     place = torch.zeros(len(mpp), dtype=torch.int64)
     place[rows] = torch.arange(len(rows))
-    return _Given(plates, place)
+    return _Backgrounds(plates, place)
 
 
 def _perturb_part(
@@ -166,7 +166,7 @@ def _perturb_part(
     mpp: Tensor,
     draw: Draw,
     settings: NCPSettings,
-    given: _Given | None,
+    backgrounds: _Backgrounds | None,
     rows: Tensor,
     real: Tensor | None = None,
 ) -> Tensor:
@@ -193,8 +193,8 @@ def _perturb_part(
         at = to_device(drawn, device)
         here = plate.index_select(0, at) if len(drawn) < len(plate) else plate
         much, seed, scale = amount[drawn], seeds[drawn], mpp[drawn]
-        if name == "swap" and given is not None:
-            theirs = given.plates.index_select(0, to_device(given.place[rows[drawn]], device))
+        if name == "swap" and backgrounds is not None:
+            theirs = backgrounds.plates.index_select(0, to_device(backgrounds.place[rows[drawn]], device))
             here = ncp.swap_background(here, theirs, much)
         elif name == "shuffle":
             here = ncp.shuffle_patches(here, settings.patch_um / scale, much, seed)

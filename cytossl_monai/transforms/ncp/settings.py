@@ -122,7 +122,7 @@ class Draw:
 
 
 class NCPSettings:
-    """All settings of Nuclei-Centered Perturbation.
+    """All settings of Nuclei-Centered Perturbation: the transforms and :class:`BatchedNCP` take them under these names.
 
     **As published** (the preset ``"published"``): discs of 12.5 micrometres around the centres of some nuclei stay, and
     all pixels outside change places with one another, fully. **Ours**: the nuclei stay with a margin around their

@@ -139,6 +139,26 @@ def test_an_overlay_is_checked_too(tmp_path: Path) -> None:
     assert parser.get_parsed_content("steps") == 8
 
 
+@pytest.mark.parametrize("overlay", ["images", "mixed"])
+def test_nuclei_of_a_detector_are_not_passed_over_in_silence(overlay: str) -> None:
+    files = [PRETRAIN / "train.json", ROOT / f"configs/data/{overlay}.yaml"]
+    said = refusal(files, nuclei_source="detections")
+    assert said.startswith("setting nuclei_source has no effect: it is for train.json on indexed slides")
+    begin(files, nuclei_source=None)
+    begin(files[:1], nuclei_source="detections")
+
+
+def test_a_setting_that_nothing_reads_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An overlay has replaced what would read it; what stands in a file and not on the command line may be idle."""
+    monkeypatch.setattr(sys, "argv", ["run", "--tile_size", "64", "--image_size=96", "--steps", "3", "--window", "4"])
+    given = {"tile_size": 64, "image_size": 96, "steps": 3, "window": 4, "prototypes": 16}
+    begin([PRETRAIN / "train.json", ROOT / "configs/data/images.yaml", ROOT / "configs/ssl/simclr.yaml"], **given)
+    said = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert said == ["setting tile_size has no effect: nothing that runs reads it"]
+
+
 def test_an_overlay_over_another_may_leave_its_keys_unused(tmp_path: Path) -> None:
     """The small machine's recipe has keys of its transformer; a ResNet or EfficientNet laid over it replaces that."""
     overlays = [ROOT / "configs" / name for name in ("scale/cpu.yaml", "backbone/efficientnet_lite0.yaml")]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any
@@ -23,6 +24,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 from cytossl_monai.engines.bundle import as_data, config_files, config_folder, data_of, reading_parser
 from cytossl_monai.engines.settings.kinds import Kind, PathText
+from cytossl_monai.engines.settings.references import heads, reached, references, strings, without_meta
 from cytossl_monai.engines.settings.tables import TABLES
 from cytossl_monai.registry import MODULE, short_names
 from cytossl_monai.utils.console import log_run
@@ -31,6 +33,8 @@ from cytossl_monai.utils.files import require_writable
 from cytossl_monai.utils.program import keep_logs_in, plain_errors
 
 __all__ = ["check_settings", "check_training"]
+
+logger = logging.getLogger(__name__)
 
 _RESERVED = {"imports", "initialize", "run", "finalize", "_meta_"}
 _IMPORTANT = re.compile(r"[#@%$]|::")  # what MONAI would read in a text
@@ -112,9 +116,12 @@ def _check(
         parser[key] = as_data(right) if _has_marks(right) else right
     if changed:
         parser.parse(reset=True)
+    idle = _idle(parser, kinds, argv)
     values |= _read_expressions(parser, kinds)
     if outputs:
         _check_outputs(table, values)
+    for name in idle:
+        logger.warning("setting %s has no effect: nothing that runs reads it", name)
 
 
 def _read_plain(
@@ -173,7 +180,7 @@ def _is_cheap(parser: ConfigParser, key: str, seen: frozenset[str] = frozenset()
         return data_of(raw) is not None or key == "bundle_root"
     return all(
         _is_cheap(parser, reference, seen | {key})
-        for text in _strings(raw)
+        for text in strings(raw)
         for reference in ReferenceResolver.match_refs_pattern(text)
     )
 
@@ -222,51 +229,26 @@ def _as_typed(key: str, value: Any, argv: Sequence[str]) -> Any:
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def _strings(config: Any) -> Iterator[str]:
-    if isinstance(config, Mapping):
-        for value in config.values():
-            yield from _strings(value)
-    elif isinstance(config, (list, tuple)):
-        for value in config:
-            yield from _strings(value)
-    elif isinstance(config, str):
-        yield config
-
-
 def _own_names(files: Sequence[str | os.PathLike[str]]) -> set[str]:
     """Ids that an overlay defines and refers to itself: a later overlay may replace what they were for."""
     names: set[str] = set()
     for file in files:
         if Path(file).is_file():
             config = ConfigParser.load_config_file(file)
-            names |= _heads(_references(config)) & {str(key) for key in config}
+            names |= heads(references(config)) & {str(key) for key in config}
     return names
-
-
-def _references(config: Mapping[str, Any]) -> set[str]:
-    """All ids that the texts of a configuration refer to, but for its comments."""
-    return {
-        reference
-        for text in _strings(_without_meta(config))
-        for reference in ReferenceResolver.match_refs_pattern(ReferenceResolver.normalize_id(text))
-    }
-
-
-def _heads(references: Iterable[str]) -> set[str]:
-    """The top-level ids of references."""
-    return {reference.split("::")[0] for reference in references}
 
 
 def _check_names(config: Mapping[str, Any], known: set[str], defined: Mapping[str, Any]) -> None:
     """An id counts that the bundle's own configuration defines, or that something refers to."""
-    used = _references(config)
-    heads = _heads(used)
-    known_here = known | _RESERVED | heads | {"bundle_root", "data_root"}
+    used = references(config)
+    tops = heads(used)
+    known_here = known | _RESERVED | tops | {"bundle_root", "data_root"}
     for key, value in config.items():
         name = str(key)
         if name.startswith("_") or name in known_here or f"_{name}" in _RESERVED:
             continue
-        raise SettingError(f"unknown setting {name}{_where(value)}: {_nearest(name, [*known, *heads])}")
+        raise SettingError(f"unknown setting {name}{_where(value)}: {_nearest(name, [*known, *tops])}")
     for section, own in defined.items():
         value = config.get(section)
         if not isinstance(own, Mapping) or not isinstance(value, Mapping) or "_target_" in own or "_target_" in value:
@@ -278,8 +260,22 @@ def _check_names(config: Mapping[str, Any], known: set[str], defined: Mapping[st
                 raise SettingError(f"unknown setting {section}#{key}: {_nearest(str(key), list(own))}")
 
 
-def _without_meta(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "_meta_" and not str(key).startswith("_comment")}
+def _idle(parser: ConfigParser, kinds: Mapping[str, Kind], argv: Sequence[str]) -> list[str]:
+    """Settings that the command line names and nothing that runs reads: an overlay has replaced what would.
+
+    Raises:
+        SettingError: for one that is not to be passed over, see ``Kind.reader``.
+    """
+    config: Any = parser.config
+    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+    if "run" not in config or "run_id" in flags:
+        return []
+    used = heads(reached(config))
+    unread = [key for key in kinds if key in config and key not in used]
+    for key in unread:
+        if kinds[key].reader and config[key] is not None:
+            raise SettingError(f"setting {key} has no effect: it is for {kinds[key].reader}; leave it out")
+    return [key for key in unread if key in flags]
 
 
 def _where(value: Any) -> str:
@@ -301,7 +297,7 @@ def _short(value: Any) -> str:
 
 def _check_arguments(parser: ConfigParser) -> None:
     """Every component exists and takes the arguments that it is given."""
-    for place, config in _components(_without_meta(parser.config)):  # type: ignore[arg-type]
+    for place, config in _components(without_meta(parser.config)):  # type: ignore[arg-type]
         target = config["_target_"]
         if not isinstance(target, str) or target.startswith("$") or config.get("_disabled_") is True:
             continue

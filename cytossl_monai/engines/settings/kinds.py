@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ class Kind:
 
     Args:
         null: None is allowed too.
+        reader: what reads it, in words, for a setting that must not be passed over in silence: a run in which nothing
+            does ends where it has a value. "": such a setting is named where the command line gives it.
     """
 
     null: bool = False
+    reader: str = field(default="", kw_only=True)
 
     def read(self, value: Any) -> Any:
         """The value as the run takes it, from what a command line or a configuration file made of it.

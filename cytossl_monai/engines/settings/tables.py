@@ -110,7 +110,9 @@ _PRETRAIN: dict[str, Kind] = {
     "teacher_temperature": Number(low=0, high=100, above=True),
     "warmup_teacher_temperature": Number(low=0, high=100, above=True),
     "temperature_warmup": Number(low=0, high=1e6),
-    "nuclei_source": PathText(null=True),
+    "nuclei_source": PathText(
+        null=True, reader="train.json on indexed slides, and configs/data/images.yaml and mixed.yaml replace those"
+    ),
     "tile_size": Count(null=True, low=16, high=8192),
     "mpp": Number(null=True, low=0, high=1000, above=True),
     "slide_power": Number(low=0, high=10),

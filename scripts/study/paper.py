@@ -5,9 +5,10 @@
     python scripts/study/paper.py --data DATA --output out/paper --slides            # tables 1 and 2 by slides
     python scripts/study/paper.py --data DATA --output out/paper --figure heads.png  # attention heads, and their masses
 
-DATA holds what configs/study/paper.yaml names. Started again it goes on: finished runs stay. Runs go seed by seed, so a
-study that is stopped has whole pairs; ``paper.md`` and ``paper.csv`` (``slides.md``, ``slides.csv``) are written after
-every run.
+DATA holds what configs/study/paper.yaml names; encoders whose weights are not there are left out of the slide-level
+tables with a sentence that says which file is missing. Started again it goes on: finished runs stay. Runs go seed by
+seed, so a study that is stopped has whole pairs; ``paper.md`` and ``paper.csv`` (``slides.md``, ``slides.csv``) are
+written after every run.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ def by_slides(content: dict[str, Any], study: PaperStudy, args: argparse.Namespa
 
     slides = SlideStudy(content, study, embed)
     rows: list[SlideRow] = []
-    table = ""
+    table = slide_table(content, rows, absent=slides.absent)
     for cell in slides.cells(args.encoders, args.methods):
         rows.append(slides.row(*cell))
-        table = slide_table(content, rows)
+        table = slide_table(content, rows, absent=slides.absent)
         write_text(args.output / "slides.md", table)
         pd.DataFrame([row.plain() for row in rows]).to_csv(args.output / "slides.csv", index=False)
     return table

@@ -150,12 +150,69 @@ def test_the_slide_table_says_what_it_knows() -> None:
     line = next(line for line in table.splitlines() if line.startswith("| Cyto-SSL | abmil | .974"))
     assert "/ 50.0 / 25.0 | 3 | +" in line
     assert "one seed: of the patients alone" in line
-    assert table.count("not run") == 6 * 3 - 2 + 2 * 5 - 1
+    assert table.count("not run") == 6 * 6 - 2 + 2 * 5 - 1
+
+
+def published_rows() -> dict[str, list[str]]:
+    """Table 1 of the paper, encoder by encoder, as it was typed in another place."""
+    return {
+        "ResNet-50": [
+            ".829 83.04 54.10",
+            ".900 83.91 44.26",
+            ".914 87.39 82.38",
+            ".859 83.62 59.68",
+            ".894 87.87 77.41",
+        ],
+        "Prov-GigaPath": [
+            *(".970 92.50 85.71", ".940 90.90 80.64", ".942 91.34 79.03", ".921 87.45 70.97", ".956 91.32 93.54"),
+            ".928 88.31 70.96",
+        ],
+        "DINOv2": [
+            *(".825 86.15 69.36", ".902 87.45 74.19", ".901 86.15 90.32", ".799 80.95 61.29", ".889 88.42 72.58"),
+            ".818 80.95 64.51",
+        ],
+        "Cyto-SSL": [
+            *(".974 94.37 88.71", ".915 93.94 83.87", ".977 92.21 90.32", ".968 91.34 90.32", ".951 92.64 88.70"),
+            ".966 95.67 88.70",
+        ],
+    }
+
+
+def test_encoders_without_their_weights_are_left_out_with_a_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "slides.csv").write_text("slide_id,path,label,patient_id\na,a.tif,x,p\n")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "resnet50v2_stage3_imagenet.pt").touch()
+    content = read_paper_study(ROOT / "configs/study/paper.yaml")
+    study = SlideStudy(content, PaperStudy(content, tmp_path, tmp_path / "out", ROOT), lambda **given: None)
+    assert {cell[1] for cell in study.cells()} == {"ResNet-50", "DINO", "+NCP", "+sparse", "+iRPE", "Cyto-SSL"}
+    said = {message.split(" is left out")[0]: message for message in caplog.messages}
+    assert set(said) == {"Prov-GigaPath", "DINOv2", "VPU"}
+    assert f"its weights {tmp_path}/weights/prov_gigapath.bin are not there. The weights of" in said["Prov-GigaPath"]
+    assert "huggingface.co/prov-gigapath/prov-gigapath after a request for access" in said["Prov-GigaPath"]
+    assert "configs/ssl/vpu.yaml" in said["VPU"]
+    table = slide_table(content, slide_rows("Cyto-SSL", 2.0), 20, study.absent)
+    assert table.count("| no weights | 0 |") == 3 * 6
+    assert all(f"\n{sentence}\n" in table for sentence in said.values())
+    for encoder, figures in published_rows().items():  # paper beside ours
+        for method, published in zip(content["slides"]["methods"], figures):
+            assert f"| {encoder} | {method} | {published.replace(' ', ' / ')} | " in table
+    (tmp_path / "weights" / "vpu.pt").touch()  # an encoder file of this package stands for itself
+    seen: list[dict] = []
+    study = SlideStudy(content, study.images, lambda **given: seen.append(given))
+    study.index = lambda: tmp_path  # type: ignore[method-assign]
+    study.features("VPU", 1)
+    assert (seen[0]["encoder"], seen[0]["weights"]) == (tmp_path / "weights" / "vpu.pt", None)
+    assert {cell[1] for cell in study.cells(["VPU", "DINOv2"])} == {"VPU"}
 
 
 def test_slides_are_embedded_once_and_every_cell_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data" / "slides").mkdir(parents=True)
     (tmp_path / "data" / "slides" / "slides.csv").write_text("slide_id,path,label,patient_id\na,a.tif,x,p\n")
+    (tmp_path / "data" / "weights").mkdir()
+    (tmp_path / "data" / "weights" / "resnet50v2_stage3_imagenet.pt").touch()
     content = read_paper_study(ROOT / "configs/study/paper.yaml")
     images = PaperStudy(content, tmp_path / "data", tmp_path / "out", ROOT)
     monkeypatch.setattr(images, "train", lambda run: images.folder(run) / "models" / "model.pt")

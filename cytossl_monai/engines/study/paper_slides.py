@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,13 @@ from cytossl_monai.engines.study.paper import PaperStudy
 from cytossl_monai.index import SlideIndexer
 from cytossl_monai.metrics.bootstrap import Interval, bootstrap_metric
 from cytossl_monai.metrics.classification import auc, classification_metrics
+from cytossl_monai.networks.cards import read_card
 from cytossl_monai.utils.errors import InputError, RunError
 from cytossl_monai.utils.files import visible_files
 
 __all__ = ["SlideRow", "SlideStudy", "paired_over_seeds_and_patients", "slide_table"]
 
+logger = logging.getLogger(__name__)
 _KEYS = {"table", "index", "tiles_per_slide", "folds", "mil", "methods", "encoders", "tables"}
 TWO_SCALES = frozenset({"less"})
 """Methods that read two scales; the others get the first half of the same features."""
@@ -65,7 +68,8 @@ class SlideStudy:
         study: what ``read_paper_study`` gives, with its section ``slides``: ``table`` (slides with labels, relative to
             ``data``), ``index`` (fields of ``IndexSettings``), ``tiles_per_slide``, ``folds``, ``mil`` (settings of
             the MIL bundle), ``methods`` (overlays of ``configs/mil``), ``encoders`` (name -> ``arm``, an arm of the
-            study whose seeds are its own; or ``encoder`` and ``weights``, a card and its file), ``tables``.
+            study whose seeds are its own; or ``encoder`` and ``weights``, a card and its file under ``data``; or
+            ``weights`` alone, an encoder file of this package, and ``made_by``, how one is made), ``tables``.
         images: the study that trains the arms.
         embed: embeds what is not embedded yet: called with the keywords ``slides``, ``index_dir``, ``output_dir``,
             ``encoder``, ``weights``, ``two_scales`` and ``tiles_per_slide``, as ``FeatureEmbedder`` takes them.
@@ -89,11 +93,30 @@ class SlideStudy:
             raise InputError(f"slide table {self.table} of the study is not there; write one with labels")
         self.folder = images.output / "slides"
         self.seeds: list[int] = list(study["seeds"])
+        self.absent = self._absent()
+
+    def _absent(self) -> dict[str, str]:
+        """Encoders whose weights are not there: which file is missing, where it goes and where it is to be had."""
+        said = {}
+        for name, about in self.settings["encoders"].items():
+            weights = about.get("weights")
+            if weights is None or (self.images.data / weights).is_file():
+                continue
+            source = about.get("made_by", "")
+            if "encoder" in about:
+                card = read_card(self.images.root / about["encoder"])
+                source = f"{card.where_to_get} Its file is {card.file}." if card.file else card.where_to_get
+            said[name] = (
+                f"{name} is left out: its weights {self.images.data / weights} are not there. {source}".rstrip()
+            )
+        return said
 
     def cells(
         self, encoders: Sequence[str] | None = None, methods: Sequence[str] | None = None
     ) -> Iterator[tuple[int, str, str]]:
         """Seed, encoder and method of what the tables ask for, seed by seed, so that a stopped study has pairs.
+
+        Encoders whose weights are not there are left out, with a sentence each in the log (:attr:`absent`).
 
         Args:
             encoders: only these; None: all.
@@ -112,8 +135,12 @@ class SlideStudy:
             for encoder in table["rows"]
             for method in table["methods"]
         }
+        there = [name for name in self.settings["encoders"] if name not in self.absent]
+        for name, why in self.absent.items():
+            if not encoders or name in encoders:
+                logger.warning("%s", why)
         for seed in self.seeds:
-            for encoder in self.settings["encoders"]:
+            for encoder in there:
                 for method in self.settings["methods"]:
                     chosen = (not encoders or encoder in encoders) and (not methods or method in methods)
                     if chosen and (encoder, method) in wanted:
@@ -136,12 +163,14 @@ class SlideStudy:
         """Features of both scales (True) and of the tiles alone (False), by the encoder of a seed."""
         about = self.settings["encoders"][encoder]
         weights = about.get("weights")
+        source: Path | None
         if "arm" in about:
             source = self.images.train(self.images.runs([about["arm"]], [f"seed{seed}"])[0])
             own = self.folder / "features" / encoder / f"seed{seed}"
         else:
-            source = self.images.root / about["encoder"]
             weights = None if weights is None else self.images.data / weights
+            # Weights without a card are an encoder file of this package.
+            source, weights = (self.images.root / about["encoder"], weights) if "encoder" in about else (weights, None)
             own = self.folder / "features" / encoder / "any"
         self.embed(
             slides=self.table,
@@ -243,7 +272,12 @@ def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.mean([auc(labels == number, scores[:, number]) for number in classes]))
 
 
-def slide_table(study: Mapping[str, Any], rows: Sequence[SlideRow], n_resamples: int = 2000) -> str:
+def slide_table(
+    study: Mapping[str, Any],
+    rows: Sequence[SlideRow],
+    n_resamples: int = 2000,
+    absent: Mapping[str, str] | None = None,
+) -> str:
     """Markdown: for each slide-level table of the study the paper's figures beside ours.
 
     Args:
@@ -251,10 +285,11 @@ def slide_table(study: Mapping[str, Any], rows: Sequence[SlideRow], n_resamples:
             with) and ``rows``: name -> the paper's figures of each method as text.
         rows: what :meth:`SlideStudy.row` gave.
         n_resamples: of the intervals.
+        absent: :attr:`SlideStudy.absent`: why an encoder could not be run.
 
     Returns:
         One line a row and method: AUC, accuracy and recall of the paper, ours as means over the seeds, and the gain in
-        AUC over the base, paired over seeds and patients.
+        AUC over the base, paired over seeds and patients. Below, why encoders are left out.
     """
     lines: list[str] = []
     for title, table in study["slides"]["tables"].items():
@@ -270,10 +305,11 @@ def slide_table(study: Mapping[str, Any], rows: Sequence[SlideRow], n_resamples:
                     interval, pairs = paired_over_seeds_and_patients(own, base, n_resamples)
                     told = f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
                     gain = "no pair" if not pairs else told if pairs > 1 else f"{told}, one seed: of the patients alone"
-                ours = "not run"
+                ours = "no weights" if name in (absent or {}) else "not run"
                 if own:
                     means = [float(np.mean([row.figures[f] for row in own])) for f in ("auc", "accuracy", "recall")]
                     ours = f"{means[0]:.3f} / {100 * means[1]:.1f} / {100 * means[2]:.1f}"
                 lines.append(f"| {name} | {method} | {theirs} | {ours} | {len(own)} | {gain} |")
         lines.append("")
+    lines += [sentence for why in (absent or {}).values() for sentence in (why, "")]
     return "\n".join(lines)

@@ -24,7 +24,15 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 from cytossl_monai.engines.bundle import as_data, config_files, config_folder, data_of, reading_parser
 from cytossl_monai.engines.settings.kinds import Kind, PathText
-from cytossl_monai.engines.settings.references import heads, reached, references, strings, without_meta
+from cytossl_monai.engines.settings.references import (
+    ABSENT,
+    heads,
+    part,
+    reached,
+    references,
+    strings,
+    without_meta,
+)
 from cytossl_monai.engines.settings.tables import TABLES
 from cytossl_monai.registry import MODULE, short_names
 from cytossl_monai.utils.console import log_run
@@ -130,9 +138,10 @@ def _read_plain(
     """Values that stand there as they are: all of them, and those of which something else was meant."""
     values, changed = {}, {}
     for key, kind in kinds.items():
-        if key not in parser:
+        raw = part(parser.config, key)
+        if raw is ABSENT:
             continue
-        raw, held = parser[key], data_of(parser[key])
+        held = data_of(raw)
         value = held if held is not None else _as_typed(key, raw, argv) if isinstance(kind, PathText) else raw
         if held is None and not _is_plain(value):
             continue
@@ -144,10 +153,11 @@ def _read_plain(
 
 def _read_expressions(parser: ConfigParser, kinds: Mapping[str, Kind]) -> dict[str, Any]:
     """Values that are worked out from others, where that makes no component."""
+    raw = {key: part(parser.config, key) for key in kinds}
     return {
         key: _read(key, kind, _evaluated(parser, key))
         for key, kind in kinds.items()
-        if key in parser and isinstance(parser[key], str) and not _is_plain(parser[key]) and _is_cheap(parser, key)
+        if isinstance(raw[key], str) and not _is_plain(raw[key]) and _is_cheap(parser, key)
     }
 
 
@@ -173,9 +183,9 @@ def _check_outputs(table: str, values: Mapping[str, Any]) -> None:
 
 def _is_cheap(parser: ConfigParser, key: str, seen: frozenset[str] = frozenset()) -> bool:
     """Whether a value can be worked out without making any component but ``bundle_root``."""
-    if key in seen or key not in parser:
+    raw = part(parser.config, key)
+    if key in seen or raw is ABSENT:
         return False
-    raw = parser[key]
     if ConfigComponent.is_instantiable(raw):
         return data_of(raw) is not None or key == "bundle_root"
     return all(

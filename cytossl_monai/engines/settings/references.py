@@ -7,7 +7,10 @@ from typing import Any
 
 from monai.bundle.reference_resolver import ReferenceResolver
 
-__all__ = ["heads", "reached", "references", "strings", "without_meta"]
+__all__ = ["ABSENT", "heads", "part", "reached", "references", "strings", "without_meta"]
+
+ABSENT = object()
+"""What stands for an id that is not there."""
 
 _STEPS = ("initialize", "run", "finalize")
 """What ``monai.bundle run`` evaluates; all else is made when one of these asks for it."""
@@ -44,6 +47,20 @@ def without_meta(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_meta_" and not str(key).startswith("_comment")}
 
 
+def part(config: Any, one: str) -> Any:
+    """What stands under an id of a configuration (``train::dataset``, ``initialize::0``), or ``ABSENT``.
+
+    As ``parser[one]``, but for an id that is not there: MONAI then looks for the most alike of all names, a millisecond
+    each time, and ``one in parser`` throws that away.
+    """
+    for name in one.replace("#", "::").split("::"):
+        try:
+            config = config[int(name)] if isinstance(config, list) else config[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return ABSENT
+    return config
+
+
 def reached(config: Mapping[str, Any]) -> set[str]:
     """The ids that a run of a configuration asks for, directly or through others (``train::dataset``)."""
     ids: set[str] = set()
@@ -51,11 +68,5 @@ def reached(config: Mapping[str, Any]) -> set[str]:
     while todo:
         one = todo.pop()
         ids.add(one)
-        part: Any = config
-        for name in one.split("::"):
-            try:
-                part = part[int(name)] if isinstance(part, list) else part[name]
-            except (KeyError, IndexError, TypeError, ValueError):
-                part = None  # an id that is not there: another check's matter
-        todo |= references(part) - ids
+        todo |= references(part(config, one)) - ids
     return ids

@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from cytossl_monai.engines.mil.cross_validate import CrossValidation
 from cytossl_monai.engines.study import paper_slides
 from cytossl_monai.engines.study.paper import PaperStudy, paired_over_seeds, paper_table, read_paper_study
 from cytossl_monai.engines.study.paper_slides import SlideRow, SlideStudy, paired_over_seeds_and_patients, slide_table
+from cytossl_monai.metrics.bootstrap import bootstrap_intervals
 from cytossl_monai.utils.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +145,32 @@ def test_gains_are_paired_over_seeds_and_patients() -> None:
     assert pairs == 1
     assert one.value == pytest.approx(ours[0].figures["auc"] - base[0].figures["auc"])
     assert paired_over_seeds_and_patients(ours[:1], base[1:], 10)[1] == 0
+
+
+def test_the_gain_is_of_all_seeds_whatever_the_bootstrap_draws_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours ranks perfectly with the first seed, and by chance like the base with the others: patients alter nothing."""
+    ours, base = slide_rows("Cyto-SSL", 0.0), slide_rows("ResNet-50", 0.0)
+    for row in (*ours, *base):
+        perfect = row is ours[0]
+        row.probabilities[:, 1] = row.labels if perfect else 0.5
+        row.probabilities[:, 0] = 1 - row.probabilities[:, 1]
+    drawn = bootstrap_intervals
+
+    def other_order(statistic: Callable, n: int, *rest: object, **given: object) -> dict:
+        statistic(np.zeros(n, int) + np.arange(n) % 4)  # not of all slides
+        return drawn(statistic, n, *rest, **given)
+
+    for way in (drawn, other_order):
+        monkeypatch.setattr(paper_slides, "bootstrap_intervals", way)
+        interval, _ = paired_over_seeds_and_patients(ours, base, 400)
+        assert interval.value == pytest.approx(0.5 / 3)
+        # Of three seeds drawn from three none is the first in 8 of 27 draws, and each is in 1 of 27.
+        assert (interval.low, interval.high) == pytest.approx((0.0, 0.5))
+    # The same with every seed alike: no draw differs.
+    alike = [replace(row, probabilities=ours[0].probabilities, slides=ours[0].slides, patients=ours[0].patients,
+                     labels=ours[0].labels) for row in ours]  # fmt: skip
+    interval, _ = paired_over_seeds_and_patients(alike, base, 50)
+    assert (interval.low, interval.value, interval.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_the_slide_table_says_what_it_knows() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cytossl_monai.data.bags.features import read_features, write_features
 from cytossl_monai.engines.mil.cross_validate import cross_validate
 from cytossl_monai.engines.study.paper import PaperStudy
 from cytossl_monai.index import SlideIndexer
-from cytossl_monai.metrics.bootstrap import Interval, bootstrap_metric
+from cytossl_monai.metrics.bootstrap import Interval, bootstrap_intervals
 from cytossl_monai.metrics.classification import auc, classification_metrics
 from cytossl_monai.networks.cards import read_card
 from cytossl_monai.utils.errors import InputError, RunError
@@ -250,20 +250,23 @@ def paired_over_seeds_and_patients(
     first = pairs[0][0]
     rows = [place[0][0][slide] for slide in common]
     labels, patients = first.labels[rows], [first.patients[row] for row in rows]
-    rng = np.random.default_rng(seed)
-    whole = True
+    rng = np.random.default_rng([seed, 1])  # not the stream that draws the patients
+    everything = np.arange(len(pairs))
 
-    def difference(drawn: np.ndarray) -> float:
-        nonlocal whole
-        chosen = np.arange(len(pairs)) if whole else rng.integers(0, len(pairs), len(pairs))
-        whole = False  # the first call is of all slides, with all seeds
-        gains = [_auc(labels[drawn], scores[s, 0, drawn]) - _auc(labels[drawn], scores[s, 1, drawn]) for s in chosen]
+    def difference(drawn: np.ndarray, seeds: np.ndarray) -> float:
+        gains = [_auc(labels[drawn], scores[s, 0, drawn]) - _auc(labels[drawn], scores[s, 1, drawn]) for s in seeds]
         return float(np.mean(gains))
 
-    interval = bootstrap_metric(
-        difference, np.arange(len(common)), groups=patients, strata=labels, n_resamples=n_resamples, seed=seed
-    )
-    return interval, len(pairs)
+    interval = bootstrap_intervals(
+        lambda drawn: {"gain": difference(drawn, rng.choice(everything, len(pairs)))},
+        len(common),
+        patients,
+        labels,
+        n_resamples,
+        seed=seed,
+    )["gain"]
+    # The value is that of all slides and all seeds; the bootstrap drew seeds for its own as well.
+    return replace(interval, value=difference(np.arange(len(common)), everything)), len(pairs)
 
 
 def _auc(labels: np.ndarray, scores: np.ndarray) -> float:

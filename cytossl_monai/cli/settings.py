@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cytossl_monai.utils.errors import InputError
 
 __all__ = ["Setting", "check_names", "help_text", "read_settings"]
@@ -46,13 +44,9 @@ def read_settings(path: Path) -> tuple[str, list[Setting]]:
     Raises:
         InputError: when it is missing or malformed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise InputError(f"configuration {path} does not exist; install cytossl-monai from its checkout") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"configuration {path} is malformed: {error}; restore it") from error
+    from cytossl_monai.engines.bundle import read_config_file  # MONAI takes seconds to import: --version goes without
+
+    content = read_config_file(path)
     settings, comment, wired = [], "", False
     for key, value in content.items():
         if key.startswith("_comment"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,15 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.errors import InputError, reason
 
 __all__ = [
     "as_data",
     "bundle_root",
     "config_folder",
     "data_of",
+    "naming_damaged_files",
+    "read_config_file",
     "reading_parser",
     "run_training",
     "training_files",
@@ -150,6 +154,53 @@ def _config_folders(here: Path) -> Iterator[Path]:
         frame = frame.f_back
 
 
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read one configuration file, as MONAI does. Nothing in it is evaluated.
+
+    Args:
+        path: a .json, .yaml or .yml file.
+
+    Raises:
+        InputError: when it does not exist, cannot be read, or holds no settings; names the line where it is malformed.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file():
+        raise InputError(f"configuration {path} does not exist; give the path of a .json or .yaml file")
+    try:
+        content = ConfigParser.load_config_file(path)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"configuration {path}, {where}: no JSON ({error.msg}); mend it there") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "some line"
+        what = " ".join(str(error.problem or error.context).split())
+        raise InputError(f"configuration {path}, {where}: no YAML ({what}); mend it there") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"configuration {path} cannot be read ({reason(error)}); write it again") from error
+    if not isinstance(content, Mapping):
+        kind = "nothing" if content is None else f"a {type(content).__name__}"
+        raise InputError(f"configuration {path} holds {kind}; it must hold settings, 'name: value' each")
+    for key in content:
+        if not isinstance(key, str):
+            raise InputError(f"configuration {path}: {key!r} is no name of a setting; put it in quotation marks")
+    return dict(content)
+
+
+@contextmanager
+def naming_damaged_files(files: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """Where MONAI fails over configuration files, say which of them is damaged, and in which line.
+
+    Raises:
+        InputError: see ``read_config_file``; where every file can be read, MONAI's own error stays.
+    """
+    try:
+        yield
+    except Exception:
+        for file in files:
+            read_config_file(file)
+        raise
+
+
 def training_files(
     config: str | os.PathLike[str], overlays: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()
 ) -> tuple[str, ...]:
@@ -160,12 +211,11 @@ def training_files(
         overlays: configuration files, in order; a path alone is one.
 
     Raises:
-        InputError: for a file that does not exist.
+        InputError: for a file that does not exist or cannot be read.
     """
     files = [config, *([overlays] if isinstance(overlays, (str, os.PathLike)) else overlays)]
     for file in files:
-        if not isinstance(file, (str, os.PathLike)) or not Path(file).is_file():
-            raise InputError(f"configuration {file} does not exist; give the path of a .json or .yaml file")
+        read_config_file(file)
     return tuple(str(file) for file in files)
 
 
@@ -181,7 +231,7 @@ def run_training(
         overrides: values to set, by id: configuration, of which expressions are evaluated.
         data: values to set over these, by id, as they are: see ``as_data``.
     """
-    with _plain_voice():
+    with _plain_voice(), naming_damaged_files(config_files):
         workflow = ConfigWorkflow(
             config_file=[str(path) for path in config_files],
             meta_file=str(Path(config_files[0]).parent / "metadata.json"),

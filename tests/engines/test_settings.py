@@ -122,6 +122,12 @@ def test_every_plain_setting_is_declared() -> None:
         ({"output_dir": "slides.csv"}, "cannot write to slides.csv"),
         ({"output_dir": "slides.csv/below"}, "slides.csv is a file"),
         ({"steps": "$1/0"}, "steps cannot be worked out: ZeroDivisionError"),
+        (
+            {"backbone": None},
+            "backbone must be a component with a _target_; it is None. Leave it out for cytossl_monai",
+        ),
+        ({"views": {"global_size": 96}}, "views must be a component with a _target_; it is {'global_size': 96}"),
+        ({"train#dataset": "index"}, "train#dataset must be a component with a _target_; it is 'index'"),
         ({"steps": "$-5"}, "steps must be a whole number"),
     ],
 )

@@ -22,7 +22,14 @@ from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigComponent, ConfigExpression
 from monai.bundle.reference_resolver import ReferenceResolver
 
-from cytossl_monai.engines.bundle import as_data, config_files, config_folder, data_of, reading_parser
+from cytossl_monai.engines.bundle import (
+    as_data,
+    config_files,
+    config_folder,
+    data_of,
+    naming_damaged_files,
+    reading_parser,
+)
 from cytossl_monai.engines.settings.kinds import Kind, PathText
 from cytossl_monai.engines.settings.references import (
     ABSENT,
@@ -45,6 +52,13 @@ __all__ = ["check_settings", "check_training"]
 logger = logging.getLogger(__name__)
 
 _RESERVED = {"imports", "initialize", "run", "finalize", "_meta_"}
+_PARTS = frozenset(
+    (
+        *("backbone", "classifier", "dataloader", "dataset", "embedder", "encoder", "evaluator", "indexer", "inferer"),
+        *("loss", "method", "network", "network_def", "optimizer", "sampler", "trainer", "views"),
+    )
+)
+"""Components that no run can do without; of others null has a meaning (``ncp``)."""
 _IMPORTANT = re.compile(r"[#@%$]|::")  # what MONAI would read in a text
 
 
@@ -92,8 +106,11 @@ def check_training(
         raise SettingError(f"setting {taken[0]} of overrides is set by the program itself; leave it out")
     parser = ConfigParser()
     try:
-        parser.read_config([str(path) for path in files])
-    except ValueError as error:
+        with naming_damaged_files(files):
+            parser.read_config([str(path) for path in files])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise SettingError(f"configuration {', '.join(map(str, files))} cannot be read: {error}") from error
     for key, value in overrides.items():
         try:
@@ -118,6 +135,7 @@ def _check(
     else:  # a copy under another name: what is no plain value may be its own wiring
         defined = {key: value for key, value in config.items() if not _is_plain(value) or isinstance(value, Mapping)}
     _check_names(config, set(kinds) | set(defined) | set(overlaid), defined)
+    _check_parts(config, defined)
     _check_arguments(parser)
     values, changed = _read_plain(parser, kinds, argv)
     for key, right in changed.items():
@@ -303,6 +321,24 @@ def _nearest(name: str, known: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_parts(config: Mapping[str, Any], defined: Mapping[str, Any]) -> None:
+    """What a run is made of is a component still, where the bundle's own configuration has one."""
+    places = [(key,) for key in defined] + [
+        (section, key)
+        for section, own in defined.items()
+        if isinstance(own, Mapping) and not ConfigComponent.is_instantiable(own)
+        for key in own
+    ]
+    for place in places:
+        own, value = part(defined, "::".join(place)), part(config, "::".join(place))
+        needed = place[-1] in _PARTS and ConfigComponent.is_instantiable(own) and "_disabled_" not in own
+        if needed and value is not ABSENT and _is_plain(value):
+            raise SettingError(
+                f"setting {'#'.join(place)} must be a component with a _target_; it is {_short(value)}. Leave it out "
+                f"for {own['_target_']}, or give one with its arguments"
+            )
 
 
 def _check_arguments(parser: ConfigParser) -> None:

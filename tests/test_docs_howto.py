@@ -133,7 +133,6 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     if NOT_RUN in text:
         pytest.skip("the page says that it is not run")
     if page.stem == "inference":
-        monkeypatch.syspath_prepend(Path(__file__).parent / "inference")
         lay_out_a_lab(tmp_path)
     runner = (
         "import sys, types, pathlib\n"

@@ -15,56 +15,36 @@ from typing import Any
 
 import pytest
 import torch
-from ssl_standins import SIZE, make_trainer
-from torch import Tensor, nn
+from small_methods import small_method
+from ssl_standins import SIZE, dark_spots, make_trainer
+from tiny_encoders import small_vit
+from torch import nn
 
 from cytossl_monai.engines.ssl.checkpoint import read_checkpoint
 from cytossl_monai.engines.ssl.sharding import is_sharded
 from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.handlers.checkpoint import CheckpointHandler
 from cytossl_monai.handlers.export import EncoderExport
-from cytossl_monai.methods.byol import BYOL
-from cytossl_monai.methods.dino import DINO
-from cytossl_monai.methods.ibot import IBOT
-from cytossl_monai.methods.mae import MAE
-from cytossl_monai.methods.moco_v3 import MoCoV3
-from cytossl_monai.methods.simclr import SimCLR
 from cytossl_monai.metrics.logged import scalars
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
-from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.transforms.ncp.batched import BatchedNCP
 from cytossl_monai.transforms.views.generator import ViewGenerator
 from cytossl_monai.utils import distributed
 from cytossl_monai.utils.seeding import seed_all
 
 STEPS, BATCH = 20, 16
-HEAD = {"out_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16}
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "moco_v3": (MoCoV3, {"dim": 8, "hidden_dim": 32}),
-    "simclr": (SimCLR, {"dim": 8, "hidden_dim": 32}),
-    "byol": (BYOL, {"dim": 8, "hidden_dim": 32}),
-    "dino": (DINO, HEAD),
-    "ibot": (IBOT, {**HEAD, "patch_out_dim": 32, "mask_probability": 0.7}),
-    "mae": (MAE, {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}),
-}
+METHODS = ("moco_v3", "simclr", "byol", "dino", "ibot", "mae")
 
 
 def build(name: str) -> nn.Module:
     """In float64: what differs is then the mathematics, not rounding that AdamW has blown up over 20 steps."""
     seed_all(3)
-    network = SRTransformer(
-        3, 24, 6, hidden_size=16, mlp_dim=32, num_layers=2, num_heads=2, qkv_bias=True, class_token=True,
+    network = small_vit(
+        img_size=24, patch_size=6, hidden_size=16, num_heads=2, qkv_bias=True,
         rpe="product", sparsity="routed", num_salient=3, window=1,
     )  # fmt: skip
-    kind, settings = METHODS[name]
-    return kind(Encoder(network), **settings).double()
-
-
-def dark_spots(tiles: Tensor, mpp: object) -> Tensor:
-    """Nuclei of the stand-in images: dark pixels."""
-    del mpp
-    return tiles.float().mean(1, keepdim=True) < 180
+    return small_method(name, Encoder(network)).double()
 
 
 class Keep:

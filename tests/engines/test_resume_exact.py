@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ssl_standins
 import torch
-from ssl_standins import TinyEncoder, make_trainer
+from ssl_standins import make_trainer
+from tiny_encoders import TinyEncoder
 
 from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, read_checkpoint
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.metrics.logged import read_log
 from cytossl_monai.utils.errors import EXIT_PREEMPTED, CheckpointError
 
-SCRIPT = Path(__file__).with_name("ssl_standins.py")
+SCRIPT = Path(ssl_standins.__file__)
 
 
 def start(output: Path, *arguments: str) -> subprocess.Popen:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ssl_standins
 import torch
 from ignite.engine import Events
 from ssl_standins import make_trainer
@@ -25,7 +26,7 @@ from cytossl_monai.utils.errors import EXIT_PREEMPTED, SettingError
 from cytossl_monai.utils.locks import LOCK_NAME, LockedError, folder_lock
 from cytossl_monai.utils.parallel import run_parallel
 
-STANDINS = Path(__file__).with_name("ssl_standins.py")
+STANDINS = Path(ssl_standins.__file__)
 ROOT = Path(__file__).parents[2]
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ssl_standins import Dots, TinyEncoder, make_trainer
+from ssl_standins import Dots, make_trainer
+from tiny_encoders import TinyEncoder
 from torch import Tensor, nn
 
 from cytossl_monai.data.tiles.dataset import collate_tiles

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ssl_standins import make_trainer
-from test_ddp_equals_one import METHODS, build, dark_spots
+from small_methods import small_method
+from ssl_standins import dark_spots, make_trainer
+from test_ddp_equals_one import METHODS, build
 
 from cytossl_monai.engines.ssl.optim import build_optimizer, clip_gradients, encoder_depth, layer_of, param_groups
 from cytossl_monai.engines.ssl.wrap import prepare
@@ -102,7 +103,7 @@ def test_prototypes_thaw_as_if_their_training_began_then(name: str) -> None:
 
 
 def test_prototypes_start_with_the_norm_of_the_published_head() -> None:
-    head = METHODS["dino"][0](build("dino").student, out_dim=4096, bottleneck_dim=256, hidden_dim=8).head
+    head = small_method("dino", build("dino").student, out_dim=4096, bottleneck_dim=256, hidden_dim=8).head
     assert head.last_layer.weight.norm(dim=1).mean().item() == pytest.approx(3**-0.5, rel=0.01)
 
 

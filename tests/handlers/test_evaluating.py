@@ -13,7 +13,8 @@ import torch
 from ignite.engine import Events
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
-from ssl_standins import SIZE, Dots, TinyEncoder, make_trainer
+from ssl_standins import SIZE, Dots, make_trainer
+from tiny_encoders import TinyEncoder
 from torch import nn
 
 from cytossl_monai.data.tiles.labelled import LabelledImages, embed_images

@@ -13,7 +13,8 @@ import pytest
 import torch
 from ignite.engine import Events
 from PIL import Image
-from ssl_standins import TinyEncoder, make_trainer
+from ssl_standins import make_trainer
+from tiny_encoders import TinyEncoder
 from torch import Tensor
 
 from cytossl_monai.engines.ssl.trainer import SSLTrainer

@@ -9,6 +9,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
+from tiny_encoders import small_vit
 from torch import nn
 
 from cytossl_monai.networks.build import build_network, network_config
@@ -18,22 +19,9 @@ from cytossl_monai.networks.nets.resnet import resnet50
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.utils.errors import CheckpointError
 
-SMALL = {
-    "in_channels": 3,
-    "img_size": 32,
-    "patch_size": 8,
-    "hidden_size": 24,
-    "mlp_dim": 32,
-    "num_heads": 3,
-    "num_layers": 2,
-    "rpe": "product",
-    "sparsity": "topk",
-    "class_token": True,
-}
-
 
 def small(**changes: Any) -> SRTransformer:
-    return SRTransformer(**{**SMALL, **changes})
+    return small_vit(**{"rpe": "product", "sparsity": "topk", **changes})
 
 
 @pytest.mark.parametrize("registers", [0, 2])

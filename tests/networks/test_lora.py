@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_encoders import small_vit
 
 from cytossl_monai.networks.files import load_encoder, save_encoder
 from cytossl_monai.networks.lora import add_lora, has_lora, merge_lora
@@ -12,7 +13,7 @@ from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
 
 def network() -> SRTransformer:
-    return SRTransformer(3, 32, 8, 24, 48, 2, 3, class_token=True, qkv_bias=True)
+    return small_vit(mlp_dim=48, qkv_bias=True)
 
 
 def test_starts_as_it_was_and_trains_a_small_part() -> None:

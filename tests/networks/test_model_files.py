@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_encoders import small_vit
 from torch import nn
 
 import cytossl_monai.networks as networks
@@ -24,16 +25,7 @@ from cytossl_monai.utils.errors import CheckpointError
 def small(**options: Any) -> SRTransformer:
     """Few weights, the same ones whatever the options."""
     torch.manual_seed(0)
-    sizes = {
-        "img_size": 32,
-        "patch_size": 8,
-        "hidden_size": 24,
-        "mlp_dim": 32,
-        "num_layers": 1,
-        "num_heads": 3,
-        "class_token": True,
-    }
-    return SRTransformer(3, **{**sizes, **options})
+    return small_vit(num_layers=1, **options)
 
 
 def test_the_hash_knows_the_architecture() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
+from tiny_encoders import SMALL_VIT, small_vit
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,14 +20,12 @@ from cytossl_monai.networks.blocks.token_layout import TokenLayout
 from cytossl_monai.networks.nets.sr_presets import sr_vit_base, sr_vit_small, sr_vit_tiny, vit_small
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
-SMALL = {"in_channels": 3, "img_size": 32, "patch_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 3}
 RPE = {"method": "product", "mode": "contextual", "on": "qk"}
 
 
 def small(**changes: Any) -> SRTransformer:
     """Two layers on a 4 x 4 grid, with tables of iRPE that are not zero."""
-    settings = {**SMALL, "num_layers": 2, "num_salient": 3, "window": 1, "keep_ratio": 0.4, "class_token": True}
-    network = SRTransformer(**{**settings, **changes})
+    network = small_vit(**{"num_salient": 3, "window": 1, "keep_ratio": 0.4, **changes})
     for name, parameter in network.named_parameters():
         if ".irpe." in name:
             nn.init.normal_(parameter, std=0.3)
@@ -51,7 +50,7 @@ def tiles_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_is_monais_vit_on_its_weights(changes: dict[str, Any]) -> None:
-    arguments = {**SMALL, "num_layers": 3, "spatial_dims": 2, **changes}
+    arguments = {**SMALL_VIT, "num_layers": 3, "spatial_dims": 2, **changes}
     theirs = ViT(**arguments).eval()
     for parameter in theirs.parameters():  # MONAI starts some of them at zero
         nn.init.normal_(parameter, std=0.2)
@@ -277,7 +276,7 @@ def test_trains_under_ddp_without_looking_for_unused_parameters() -> None:
     train(small(**EVERYTHING[0]))
     train(small(**EVERYTHING[1], checkpoint_activations=True))
     with pytest.raises(RuntimeError, match="prior iteration"):  # MONAI's own has parameters that it never uses
-        train(ViT(**SMALL, num_layers=2, spatial_dims=2))
+        train(ViT(**SMALL_VIT, num_layers=2, spatial_dims=2))
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -326,7 +325,7 @@ def test_resolves_in_a_bundle_config(target: str) -> None:
     parser = ConfigParser(
         {
             "imports": ["$import cytossl_monai"],
-            "network_def": {"_target_": target, **SMALL, "num_layers": 2, "sparsity": "topk", "rpe": {"on": "qk"}},
+            "network_def": {"_target_": target, **SMALL_VIT, "num_layers": 2, "sparsity": "topk", "rpe": {"on": "qk"}},
         }
     )
     network = parser.get_parsed_content("network_def")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_encoders import small_vit
 
 from cytossl_monai.networks.blocks.attention.reference import reference_attention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.resnet import ResNetFeatures
-from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.visualize.attention_heads import (
     class_attention,
     draw_attention_heads,
@@ -22,7 +22,7 @@ from cytossl_monai.visualize.attention_heads import (
 
 
 def small(**kwargs: object) -> Encoder:
-    return Encoder(SRTransformer(3, 32, 8, 12, 24, 2, 3, class_token=True, num_register_tokens=1, **kwargs))
+    return Encoder(small_vit(hidden_size=12, mlp_dim=24, num_register_tokens=1, **kwargs))
 
 
 def test_class_attention_is_the_last_layers() -> None:

@@ -1,10 +1,22 @@
-"""Stand-ins with the interface of `Encoder`, small enough for many steps in a test."""
+"""Encoders small enough for many steps in a test: stand-ins with the interface of `Encoder`, and a small SR-ViT."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+
+SMALL_VIT = {"in_channels": 3, "img_size": 32, "patch_size": 8, "hidden_size": 24, "mlp_dim": 32, "num_heads": 3}
+"""A grid of 4 x 4 patches."""
+
+
+def small_vit(num_layers: int = 2, class_token: bool = True, **changes: Any) -> SRTransformer:
+    """An SR-Transformer of these sizes, dense unless ``changes`` say otherwise."""
+    return SRTransformer(**{**SMALL_VIT, "num_layers": num_layers, "class_token": class_token, **changes})
 
 
 class TinyViT(nn.Module):
@@ -68,6 +80,29 @@ class TinyConv(nn.Module):
 
     def forward_tokens(self, images: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("TinyConv has no tokens")
+
+
+class TinyEncoder(nn.Module):
+    """Patches, one mixing layer with dropout (so that the random state counts), a mean."""
+
+    embed_dim = 16
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, 16, 6, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 16)) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        images = images.to(self.patch_embedding.weight.dtype)
+        tokens = self.patch_embedding(images - 0.5).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return self.norm(tokens.mean(1))
 
 
 def coloured_views(batch: int = 8, size: int = 32, seed: int = 0, views: int = 2, local: int = 0) -> dict[str, list]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
 from cytossl_monai.data.tiles.outlines import KnownNuclei, NucleusOutlines
 from cytossl_monai.transforms.nuclei.imported import labels_from_map, nuclei_from_geojson
 from cytossl_monai.utils.errors import InputError, TableError, reason
-from cytossl_monai.utils.files import file_fingerprint, visible_files
+from cytossl_monai.utils.files import file_fingerprint, read_json, visible_files
 from cytossl_monai.utils.locks import item_lock
 
 __all__ = ["detected_nuclei", "read_detections"]
@@ -94,10 +93,7 @@ def read_detections(
 
 
 def _from_json(path: Path, bounds_offset: tuple[float, float]) -> tuple[list[np.ndarray], np.ndarray]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise InputError(f"nuclei {path} are no JSON ({error}); write them again with the detector") from error
+    content = read_json(path, "write the nuclei again with the detector")
     if isinstance(content, Mapping) and isinstance(content.get("cells"), list):
         return _from_cellvit(content["cells"], path)
     outlines, points = nuclei_from_geojson(content, str(path))

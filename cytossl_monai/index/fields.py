@@ -93,8 +93,8 @@ class NucleusFields:
             raise TableError(f"the nuclei of {index.slide_id} are of another slide file than its tiles; index it again")
         if not len(nuclei):
             raise TableError(
-                f"slide {index.slide_id} holds no nucleus, so it has no bag under instances: nuclei; "
-                "take instances: tiles, or index it with other rules"
+                f"slide {index.slide_id} holds no nucleus to centre a field on; index it with other rules, or, for a "
+                "bag, take instances: tiles"
             )
         chosen = nuclei.table.iloc[self.choose(nuclei.table, index.slide_id)]
         centres = chosen[["x", "y"]].to_numpy(np.float64)

@@ -1,5 +1,5 @@
 from .ahead import AheadLoader as AheadLoader
-from .browse import CellBrowser as CellBrowser, cell_fields as cell_fields
+from .browse import CellBrowser as CellBrowser
 from .classify import SlideClassifier as SlideClassifier, SlidePrediction as SlidePrediction
 from .embed import FeatureEmbedder as FeatureEmbedder, embed_slides as embed_slides, embed_tiles as embed_tiles
 from .encoder import bundle_encoder as bundle_encoder
@@ -19,7 +19,6 @@ __all__ = [
     "SlideEvidence",
     "SlidePrediction",
     "bundle_encoder",
-    "cell_fields",
     "embed_slides",
     "embed_tiles",
     "merge_shards",

@@ -9,108 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy import ndimage
 from torch import nn
 
 from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.data.slides.open import open_slide
-from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.index.fields import NucleusFields
 from cytossl_monai.inference.embed import embed_to_file
 from cytossl_monai.inference.encoder import require_trained_encoder
 from cytossl_monai.inference.slides import IndexSlided
 from cytossl_monai.networks.nets.encoder import encoder_hash
-from cytossl_monai.transforms.nuclei.mask import nuclei_mask
-from cytossl_monai.utils.errors import TableError, failure
+from cytossl_monai.utils.errors import failure
 from cytossl_monai.utils.report import RunReport
 from cytossl_monai.visualize.cells_page import write_cells_page
 
-__all__ = ["CellBrowser", "cell_fields"]
+__all__ = ["CellBrowser"]
 
 logger = logging.getLogger(__name__)
-_READ_UM = 110.0  # side of what is read at once to look for nuclei
-_AREA_UM2 = (15.0, 700.0)  # of a nucleus, or of some that touch
-_BATCH = 16
-
-
-def cell_fields(
-    slide: Slide,
-    index: TileIndex,
-    tile_size: int,
-    mpp: float,
-    max_cells: int = 1000,
-    seed: int = 0,
-) -> TileIndex:
-    """Fields of equal size centred on a slide's nuclei, as a tile index of their own.
-
-    Tiles of ``index`` are drawn at random, those with more nuclei sooner, until they have given enough cells: the work
-    is bounded, however large the slide.
-
-    Args:
-        slide: the open slide.
-        index: its tiles where nuclei are.
-        tile_size: side of a field in pixels.
-        mpp: micrometres per pixel of a field.
-        max_cells: the most fields.
-        seed: of the draw.
-
-    Returns:
-        the fields, ordered by row and column of the slide.
-
-    Raises:
-        TableError: where no nucleus is found.
-    """
-    rng = np.random.default_rng(seed)
-    weights = 1.0 + index.table["n_nuclei"].to_numpy(np.float64)
-    order = np.argsort(rng.exponential(size=len(index)) / weights)
-    table = index.table.iloc[order]
-    centres_of = table[["x", "y"]].to_numpy(np.float64) + table["size"].to_numpy(np.float64)[:, None] / 2
-    side = max(tile_size, round(min(_READ_UM, float(table["size"].max()) * slide.mpp) / mpp))
-    scale = mpp / slide.mpp
-    found: list[np.ndarray] = []
-    for start in range(0, len(centres_of), _BATCH):
-        corners = np.round(centres_of[start : start + _BATCH] - side * scale / 2).astype(np.int64)
-        images = torch.from_numpy(np.ascontiguousarray(slide.read_regions(corners, side, mpp=mpp)))
-        masks = nuclei_mask(images, torch.full((len(images),), mpp))[:, 0].cpu().numpy()
-        for corner, mask in zip(corners, masks, strict=True):
-            found.append(corner + scale * _centres(mask, mpp))
-        if sum(map(len, found)) >= max_cells:
-            break
-    centres = _apart(np.concatenate(found)[:max_cells] if found else np.zeros((0, 2)), 4.0 / slide.mpp)
-    if len(centres) == 0:
-        raise TableError(
-            f"slide {index.slide_id}: no nucleus was found in {len(index)} tiles; index it with other rules"
-        )
-    centres = centres[np.lexsort((centres[:, 0], np.floor(centres[:, 1] / (side * scale))))]
-    corners = np.round(centres - tile_size * scale / 2).astype(np.int64)
-    fields = pd.DataFrame({"x": corners[:, 0], "y": corners[:, 1]})
-    fields["slide_id"], fields["size"] = index.slide_id, round(tile_size * scale)
-    fields["level"], fields["mpp"], fields["n_nuclei"] = 0, mpp, 1
-    fields["nuclei_fraction"] = fields["foreground_fraction"] = fields["sharpness"] = np.float32(1.0)
-    settings = {**index.meta["settings"], "tile_size": tile_size, "mpp": mpp, "max_cells": max_cells, "seed": seed}
-    return TileIndex(fields, {**index.meta, "settings": settings})
-
-
-def _centres(mask: np.ndarray, mpp: float) -> np.ndarray:
-    """(n, 2) x, y in pixels of the nuclei of one image that do not touch its border."""
-    labels, count = ndimage.label(mask)
-    if count == 0:
-        return np.zeros((0, 2))
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:] * mpp**2
-    border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    fits = (areas >= _AREA_UM2[0]) & (areas <= _AREA_UM2[1]) & ~np.isin(np.arange(1, count + 1), border)
-    middle = ndimage.center_of_mass(mask, labels, np.arange(1, count + 1)[fits])
-    return np.asarray(middle, dtype=np.float64).reshape(-1, 2)[:, ::-1]
-
-
-def _apart(centres: np.ndarray, distance: float) -> np.ndarray:
-    """Centres without repetitions: tiles that overlap see a nucleus twice."""
-    if len(centres) == 0:
-        return centres
-    first = np.unique(np.floor(centres / distance).astype(np.int64), axis=0, return_index=True)[1]
-    return centres[np.sort(first)]
 
 
 class CellBrowser:
@@ -148,9 +64,9 @@ class CellBrowser:
         if max_cells < 1 or tile_size < 1 or not mpp > 0:
             raise ValueError(f"max_cells, tile_size and mpp must be above 0, got {max_cells}, {tile_size}, {mpp}")
         self.records, self.encoder, self.folder = list(records), encoder, Path(output_dir)
-        self.tile_size, self.mpp, self.max_cells, self.seed = tile_size, mpp, max_cells, seed
         self.batch_size, self.device = batch_size, device
-        self.index = IndexSlided(self.folder / "cache" / "index", num_threads=num_threads, device=device)
+        fields = NucleusFields(tile_size, mpp, max_cells, odd_share=0.0, seed=seed)  # a page of its usual cells
+        self.index = IndexSlided(self.folder / "cache" / "index", num_threads=num_threads, device=device, fields=fields)
 
     def run(self) -> RunReport:
         """Index what is not indexed, then write each slide's features and page.
@@ -177,10 +93,9 @@ class CellBrowser:
         report.save()
         return report
 
-    def _browse(self, record: SlideRecord, index: TileIndex) -> int:
+    def _browse(self, record: SlideRecord, fields: TileIndex) -> int:
         with open_slide(record.path, mpp=record.mpp) as slide:
-            fields = cell_fields(slide, index, self.tile_size, self.mpp, self.max_cells, self.seed)
-            pictures = np.asarray(slide.read_regions(fields.coords, self.tile_size, mpp=self.mpp))
+            pictures = np.asarray(slide.read_regions(fields.coords, fields.tile_size, mpp=fields.mpp))
         folder = self.folder / record.slide_id
         source = str(getattr(self.encoder, "source", ""))
         features = embed_to_file(

@@ -209,7 +209,7 @@ def test_a_slide_without_nuclei_is_left_out_and_told(tmp_path: Path, caplog: pyt
     (tmp_path / "found" / "s2.json").write_text("{")
     data = TileDataset(index, nuclei=detected_nuclei(index, tmp_path / "found"))
     assert data.slide_ids == ["s1"]
-    assert "s2.json are no JSON" in data.skipped["s2"]
+    assert "s2.json cannot be read as JSON" in data.skipped["s2"]
     assert "left out" in caplog.text
 
 

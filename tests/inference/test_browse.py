@@ -15,10 +15,10 @@ from monai.bundle import ConfigWorkflow
 from cytossl_monai.data.bags.features import read_features
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.tiles.index_file import TileIndex
-from cytossl_monai.inference.browse import cell_fields
+from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
+from cytossl_monai.index.fields import NucleusFields
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.transforms import nuclei_mask
-from cytossl_monai.utils.errors import TableError
 from cytossl_monai.visualize.cells_page import compact_features
 
 
@@ -28,9 +28,9 @@ def browsed(cohort, tmp_path_factory):
     out = tmp_path_factory.mktemp("browse")
     table = out / "slides.csv"
     table.write_text(f"slide_id,path\na<b,{cohort.path(0)}\ngone,{out / 'gone.tif'}\n".replace("a<b", "a b"))
-    given = {"slides": str(table), "encoder": str(cohort.encoder), "output_dir": str(out / "cells")}
-    given |= {"max_cells": 40, "tile_size": 64, "mpp": 0.5, "num_threads": 1, "device": torch.device("cpu")}
-    workflow = ConfigWorkflow(str(CONFIGS / "browse.json"), workflow_type="infer", logging_file=False, **given)
+    settings = {"slides": str(table), "encoder": str(cohort.encoder), "output_dir": str(out / "cells")}
+    settings |= {"max_cells": 40, "tile_size": 64, "mpp": 0.5, "num_threads": 1, "device": torch.device("cpu")}
+    workflow = ConfigWorkflow(str(CONFIGS / "browse.json"), workflow_type="infer", logging_file=False, **settings)
     workflow.initialize()
     with pytest.raises(SystemExit) as stop:
         workflow.run()
@@ -59,16 +59,12 @@ def test_features_are_the_encoders_of_fields_centred_on_nuclei(browsed, cohort):
     assert anywhere < 0.5
 
 
-def test_each_nucleus_comes_once_and_the_draw_has_a_seed(cohort):
-    index = TileIndex.read(cohort.index / "slide_0000.parquet")
-    with open_slide(cohort.path(0)) as slide:
-        first, again, other = (cell_fields(slide, index, 64, 0.5, 30, seed) for seed in (0, 0, 1))
-        everything = cell_fields(slide, index, 64, 0.5, 100_000)
-    assert np.array_equal(first.coords, again.coords)
-    assert not np.array_equal(first.coords, other.coords)
-    near = np.linalg.norm(everything.coords[:, None] - everything.coords[None], axis=2) + 1e9 * np.eye(len(everything))
-    assert len(everything) > len(first)
-    assert (near.min(1) * slide.mpp > 1.0).all()
+def test_the_cells_are_a_draw_of_the_indexed_nuclei(browsed):
+    index_path = browsed / "cache" / "index" / "a b.parquet"
+    index, nuclei = TileIndex.read(index_path), NucleusTable.read(nuclei_path(index_path))
+    drawn = NucleusFields(64, 0.5, 40, odd_share=0.0, seed=0).of(index, nuclei)
+    assert len(nuclei) > 40
+    np.testing.assert_array_equal(read_features(browsed / "a b" / "cells.h5").coords, drawn.coords)
 
 
 def test_the_page_orders_by_likeness_and_needs_no_network(browsed):
@@ -94,12 +90,3 @@ def test_compact_features_keep_what_is_near():
     nearest = (compact @ compact.T - 1e9 * np.eye(100)).argmax(1)
     assert (nearest // 20 == np.arange(100) // 20).all()
     assert compact_features(np.ones((3, 8))).shape == (3, 3)
-
-
-def test_a_slide_without_a_nucleus_gets_a_sentence(cohort, monkeypatch):
-    index = TileIndex.read(cohort.index / "slide_0000.parquet")
-    monkeypatch.setattr(
-        "cytossl_monai.inference.browse.nuclei_mask", lambda images, mpp: torch.zeros_like(images[:, :1]).bool()
-    )
-    with open_slide(cohort.path(0)) as slide, pytest.raises(TableError, match="no nucleus was found"):
-        cell_fields(slide, index, 64, 0.5)

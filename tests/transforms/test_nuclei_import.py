@@ -140,7 +140,7 @@ def test_json_that_is_no_geojson_is_refused(tmp_path: Path, content: Any) -> Non
     with pytest.raises(InputError, match=r"cells\.json"):
         labels_from_geojson(path, (10, 10))
     path.write_text("[" * 100_000)
-    with pytest.raises(InputError, match="is no JSON"):
+    with pytest.raises(InputError, match="cannot be read as JSON"):
         labels_from_geojson(path, (10, 10))
 
 
@@ -211,7 +211,7 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         ("empty.tif", "empty.tif cannot be read"),
         ("torn.png", r"torn.png cannot be read as an instance map \(broken PNG"),
         ("absurd.npy", "absurd.npy cannot be read as an instance map"),
-        ("torn.geojson", "torn.geojson is no JSON"),
+        ("torn.geojson", "torn.geojson cannot be read as JSON"),
         ("list.json", "list.json is no GeoJSON"),
         ("absent.geojson", "absent.geojson cannot be read"),
         ("torn.npy", "torn.npy cannot be read"),

@@ -7,10 +7,8 @@ crops and views need not know where nuclei come from.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from skimage.draw import polygon
 from skimage.measure import label
 
 from cytossl_monai.utils.errors import InputError
+from cytossl_monai.utils.files import read_json
 
 __all__ = ["labels_from_geojson", "labels_from_map", "nuclei_from_geojson"]
 
@@ -203,12 +202,7 @@ def labels_from_geojson(
     content: Any = source
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
-        try:
-            content = json.loads(Path(source).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise InputError(f"{name} cannot be read ({error.strerror}); give a GeoJSON file.") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{name} is no JSON ({error}); export it from QuPath as GeoJSON.") from error
+        content = read_json(source, "export it from QuPath as GeoJSON")
     objects = list(_objects(content, name))
     nuclei = [one for one in objects if not _is_annotation(one)]
     labels = np.zeros(shape, dtype=np.int32)

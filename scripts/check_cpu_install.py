@@ -13,9 +13,9 @@ CUDA_PREFIXES = ("nvidia-", "cupy", "cuda-", "triton", "pytorch-triton")
 
 def main() -> int:
     names = sorted({(dist.metadata["Name"] or "").lower() for dist in importlib.metadata.distributions()})
-    found = [name for name in names if name.startswith(CUDA_PREFIXES)]
-    if found:
-        print(f"CUDA packages in a CPU installation: {', '.join(found)}", file=sys.stderr)
+    cuda = [name for name in names if name.startswith(CUDA_PREFIXES)]
+    if cuda:
+        print(f"CUDA packages in a CPU installation: {', '.join(cuda)}", file=sys.stderr)
         return 1
     print(f"{len(names)} packages installed, none of them CUDA")
     return 0

@@ -20,8 +20,8 @@ def main(out: Path) -> None:
         print(f"{title:<19}{value['value']:.3f}  (95 % interval {value['low']:.3f} to {value['high']:.3f})")
     reports = out / "reports"
     answers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(reports.glob("*/prediction.json"))]
-    told = [f"{a['slide_id']}: {a['label']} ({a['suspicion']:.2f})" for a in answers if a.get("label") is not None]
-    print(f"{'new slides':<19}{'; '.join(told) or 'none with cells'}")
+    labels = [f"{a['slide_id']}: {a['label']} ({a['suspicion']:.2f})" for a in answers if a.get("label") is not None]
+    print(f"{'new slides':<19}{'; '.join(labels) or 'none with cells'}")
     for title, path in (
         ("encoder", out / "pretrain" / "models" / "model.pt"),
         ("training curves", out / "pretrain" / "curves.png"),
@@ -44,12 +44,12 @@ EVIDENCE = (("heatmap", "overlay.png"), ("gallery", "gallery.png"))
 
 def _seconds(out: Path) -> str:
     """Seconds that the reports of the steps name, summed over their slides."""
-    told = []
+    times = []
     for step in ("index", "features", "reports"):
         path = out / step / "report.csv"
         if path.is_file():
-            told.append(f"{step} {pd.read_csv(path)['seconds'].sum():.0f} s")
-    return ", ".join(told)
+            times.append(f"{step} {pd.read_csv(path)['seconds'].sum():.0f} s")
+    return ", ".join(times)
 
 
 if __name__ == "__main__":

@@ -84,23 +84,23 @@ def check_bundle(bundle: Path) -> str:
     return version
 
 
-def _weights(given: Sequence[str]) -> dict[str, dict[str, Path]]:
+def _weights(options: Sequence[str]) -> dict[str, dict[str, Path]]:
     """``bundle=path`` (its model.pt) and ``bundle/file=path`` as bundle -> file -> path, each read once to check it."""
-    found: dict[str, dict[str, Path]] = {name: {} for name in WEIGHTS}
-    for one in given:
-        target, _, value = one.partition("=")
+    paths: dict[str, dict[str, Path]] = {name: {} for name in WEIGHTS}
+    for option in options:
+        target, _, value = option.partition("=")
         name, _, file = target.partition("/")
         file = file or "model.pt"
         if not value or file not in WEIGHTS.get(name, {}):
             known = ", ".join(f"{n}/{f}" for n, files in WEIGHTS.items() for f in files)
-            raise ReleaseError(f"--weights {one}: write BUNDLE/FILE=PATH with one of {known}")
+            raise ReleaseError(f"--weights {option}: write BUNDLE/FILE=PATH with one of {known}")
         path = Path(value)
         try:
             WEIGHTS[name][file](path)
         except InputError as error:
-            raise ReleaseError(f"--weights {one}: {error}") from error
-        found[name][file] = path
-    return found
+            raise ReleaseError(f"--weights {option}: {error}") from error
+        paths[name][file] = path
+    return paths
 
 
 def _torchscript(bundle: Path, weights: Path, folder: Path) -> Path:
@@ -168,12 +168,12 @@ def build_release(
         raise ReleaseError(f"the bundles have different versions: {', '.join(sorted(versions))}")
     version = versions.pop()
     notes = "Draft.\n" if draft else changelog_section((root / "CHANGELOG.md").read_text(encoding="utf-8"), version)
-    given = _weights(weights)
+    paths = _weights(weights)
     output.mkdir(parents=True, exist_ok=True)
     archives = []
     with tempfile.TemporaryDirectory() as scratch:
         for bundle in bundles:
-            models = dict(given[bundle.name])
+            models = dict(paths[bundle.name])
             if torchscript and "model.pt" in models:
                 models["model.ts"] = _torchscript(bundle, models["model.pt"], Path(scratch))
             archives.append(write_archive(output / f"{bundle.name}_v{version}.zip", bundle, models))

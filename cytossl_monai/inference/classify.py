@@ -199,7 +199,7 @@ class SlideClassifier:
 
     def _label(self, probabilities: np.ndarray) -> str:
         if self.target == "multilabel":
-            found = [name for name, p in zip(self.classes, probabilities) if p >= 0.5]
-            return "+".join(found) or "none"
+            present = [name for name, p in zip(self.classes, probabilities) if p >= 0.5]
+            return "+".join(present) or "none"
         # As everywhere else: the most probable class, the median grade of an ordinal target.
         return self.classes[int(decide(torch.from_numpy(probabilities)[None], self.target)[0])]

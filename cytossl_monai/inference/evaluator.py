@@ -133,13 +133,13 @@ class SlideEvaluator(Evaluator):
         if self.cache is not None:
             held.callback(self.cache.release, item["record"])
         try:
-            told = self._embed(item)
+            message = self._embed(item)
         except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
-            item["problem"], told = ("failed", failure(error)), None
+            item["problem"], message = ("failed", failure(error)), None
         # The slide's own time: while it waits for its turn, others are worked on.
         seconds = item.get("index_seconds", 0.0) + time.perf_counter() - start
-        if told is not None:
-            self.report.add(item["slide_id"], "current", told, seconds)
+        if message is not None:
+            self.report.add(item["slide_id"], "current", message, seconds)
             held.close()
             return item
         # At most one slide waits to be written: what is held in memory stays bounded.
@@ -155,9 +155,9 @@ class SlideEvaluator(Evaluator):
             return None
         item["encoder"] = self._hash
         current = getattr(self.postprocess, "current", None)
-        told = current(item) if current is not None else None
-        if told is not None:
-            return str(told)
+        message = current(item) if current is not None else None
+        if message is not None:
+            return str(message)
         record, index = item["record"], item["index"]
         self._warned = self._warned or warn_of_tile_size(self.network, index.tile_size, index.mpp)
         path = self.features_dir / f"{record.slide_id}.h5"

@@ -57,8 +57,8 @@ def slide_records(
     Raises:
         TableError: when none or several are given, when the table is malformed, or when the folder holds no slide.
     """
-    given = {"slide": slide, "slides": slides, "dataset_dir": folder}
-    named = [name for name, value in given.items() if value is not None]
+    sources = {"slide": slide, "slides": slides, "dataset_dir": folder}
+    named = [name for name, value in sources.items() if value is not None]
     if len(named) != 1:
         raise TableError(
             "give one of --slide (a slide), --slides (a table of slides) and --dataset_dir (a folder of slides)"

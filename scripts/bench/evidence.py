@@ -96,13 +96,13 @@ def crops_of(fields: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
 
 def measure(tiles: pd.DataFrame, lesion: np.ndarray, top: int) -> dict[str, dict[str, float]]:
     """AUC and hits of each ranking on one slide, and the hits that random tiles would have."""
-    found = {}
+    ranking = {}
     for name, rank_by in (RANKINGS if "n_nuclei" in tiles else FIELDS).items():
         values = rank_by(tiles).to_numpy(np.float64)
         leading = np.argsort(-values, kind="stable")[:top]
-        found[name] = {"auc": roc_auc_score(lesion, values), "hits": float(lesion[leading].sum())}
-    found["random tiles"] = {"auc": 0.5, "hits": float(lesion.mean() * min(top, len(lesion)))}
-    return found
+        ranking[name] = {"auc": roc_auc_score(lesion, values), "hits": float(lesion[leading].sum())}
+    ranking["random tiles"] = {"auc": 0.5, "hits": float(lesion.mean() * min(top, len(lesion)))}
+    return ranking
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:

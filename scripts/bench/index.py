@@ -62,20 +62,20 @@ def main() -> None:
     size = int(index.table["size"].iloc[0])
     kept = set(zip(index.table.x // size, index.table.y // size))
 
-    fields, found, missed = 0, 0, []
+    fields, nuclei, missed = 0, 0, []
     while fields < arguments.fields:
         x, y = int(rng.integers(slide.width - 1024)), int(rng.integers(slide.height - 1024))
         centres = nuclei_in(slide, x, y, 1024)
         if len(centres):
             fields += 1
-            found += len(centres)
+            nuclei += len(centres)
             missed += [c.tolist() for c in centres if (int(c[0] // size), int(c[1] // size)) not in kept]
     sample = index.table.iloc[rng.permutation(len(index))[: arguments.tiles]]
     empty = [(int(x), int(y)) for x, y in zip(sample.x, sample.y) if not len(nuclei_in(slide, x, y, size))]
 
     print(f"slide             {slide.width} x {slide.height} px at {slide.mpp:.4f} um/px")
     print(f"tiles             {len(index)} kept of {index.meta['tiles']}")
-    print(f"nuclei in tiles   {1 - len(missed) / found:.2%} of {found} in {fields} fields")
+    print(f"nuclei in tiles   {1 - len(missed) / nuclei:.2%} of {nuclei} in {fields} fields")
     print(f"tiles without     {len(empty) / len(sample):.2%} of {len(sample)}")
     print(f"time              {seconds:.1f} s, {cpu:.1f} s of CPU, {arguments.workers} workers")
     print(f"memory            {memory:.2f} GB")

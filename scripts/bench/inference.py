@@ -91,19 +91,19 @@ def main() -> None:
         encoder, classifier = arguments.encoder, arguments.classifier
         if encoder is None or classifier is None:
             encoder, classifier = make_models(folder, arguments.preset)
-        given = ["--slide", str(arguments.slide), "--encoder", str(encoder), "--classifier", str(classifier)]
-        given += ["--output_dir", str(folder), "--batch_size", str(arguments.batch_size), "--progress", "False"]
-        seconds, memory = run_bundle([*given, *overrides])
-        again, _ = run_bundle([*given, *overrides])
-        told = json.loads((folder / arguments.slide.stem / "prediction.json").read_text())
+        settings = ["--slide", str(arguments.slide), "--encoder", str(encoder), "--classifier", str(classifier)]
+        settings += ["--output_dir", str(folder), "--batch_size", str(arguments.batch_size), "--progress", "False"]
+        seconds, memory = run_bundle([*settings, *overrides])
+        again, _ = run_bundle([*settings, *overrides])
+        prediction = json.loads((folder / arguments.slide.stem / "prediction.json").read_text())
         index = TileIndex.read(folder / "cache" / "index" / f"{arguments.slide.stem}.parquet")
         report = (folder / arguments.slide.stem / "report.html").stat().st_size
-        slide, parts = told["slide"], told["seconds"]
-        count, embed, encoding = told["tiles"]["count"], parts["embed"], parts["encoder"]
+        slide, parts = prediction["slide"], prediction["seconds"]
+        count, embed, encoding = prediction["tiles"]["count"], parts["embed"], parts["encoder"]
         print(
             f"slide              {slide['width']} x {slide['height']} px, {count} tiles; report {report / 1e6:.1f} MB"
         )
-        print(f"encoder            {told['encoder']['name']}, {count / encoding:.1f} tiles/s")
+        print(f"encoder            {prediction['encoder']['name']}, {count / encoding:.1f} tiles/s")
         print(f"file to report     {seconds:.1f} s; again, all current: {again:.1f} s")
         print(f"of which           index {parts['index']:.1f} s, embed {embed:.1f} s, in the encoder {encoding:.1f} s")
         print(f"in the encoder     {encoding / seconds:.1%} of the command, {encoding / embed:.1%} of embedding")

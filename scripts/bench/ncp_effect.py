@@ -197,8 +197,8 @@ def main() -> None:
     if valid is not None:  # measured are tiles that are real all over what is measured
         edge = (TILE - VIEW) // 2
         box = torch.tensor([edge, edge, TILE - edge, TILE - edge])
-        there = valid[order[: len(tiles) // 4]]
-        held_out = held_out[((there[:, :2] <= box[:2]) & (there[:, 2:] >= box[2:])).all(1)]
+        real_boxes = valid[order[: len(tiles) // 4]]
+        held_out = held_out[((real_boxes[:, :2] <= box[:2]) & (real_boxes[:, 2:] >= box[2:])).all(1)]
     probe = make_probe(held_out, args.tiles)
     print(
         f"{len(train)} tiles to train on, {len(probe.plain)} to measure on, nuclei cover {probe.area:.1%} of them; "

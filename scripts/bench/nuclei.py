@@ -96,21 +96,21 @@ def collect(data: Path, groups: Iterable[str], limit: int | None) -> list[Field]
     for group in groups:
         if group in ("nuclei_lbc", "nuclei"):
             masks = {p.stem: p for p in (data / group / "masks").iterdir()}
-            found = [Field(group, p, masks[p.stem]) for p in sorted((data / group / "images").iterdir())]
+            of_group = [Field(group, p, masks[p.stem]) for p in sorted((data / group / "images").iterdir())]
         elif group == "cric":
             cells = pd.read_csv(data / "cric" / "cells.csv")
-            found = [
+            of_group = [
                 Field(group, data / "cric" / "images" / str(name), marks=tuple(map(tuple, rows[["x", "y"]].to_numpy())))
                 for name, rows in cells.groupby("image")
             ]
         elif group == "mgg_fields":
             circles = pd.read_csv(MGG_MARKS)
-            found = [
+            of_group = [
                 Field(group, p, circles=circles[circles["image"] == p.name]) for p in sorted((data / group).iterdir())
             ]
         else:
-            found = [Field(group, p) for kind in LESIONS for p in sorted((data / "cells" / kind).glob("*.jpg"))]
-        fields += found if limit is None else found[:: max(1, len(found) // limit)]
+            of_group = [Field(group, p) for kind in LESIONS for p in sorted((data / "cells" / kind).glob("*.jpg"))]
+        fields += of_group if limit is None else of_group[:: max(1, len(of_group) // limit)]
     return fields
 
 
@@ -124,15 +124,15 @@ def centres(labels: NDArray[np.int32]) -> NDArray[np.float64]:
 def circle_score(labels: NDArray[np.int32], circles: pd.DataFrame, mpp: float) -> ObjectScore:
     """Match the centres of what was found one to one with marked circles that hold them; specks are left out."""
     areas = np.bincount(labels.ravel())[1:] * mpp**2
-    found = centres(labels)[areas >= SPECK_UM2]
+    points = centres(labels)[areas >= SPECK_UM2]
     nuclei = circles[circles["kind"] == "nucleus"]
     smudges = circles[circles["kind"] == "smudge"]
-    inside = _within(found, nuclei)
+    inside = _within(points, nuclei)
     rows, columns = linear_sum_assignment(inside, maximize=True)
     matched = rows[inside[rows, columns]]
-    spared = _within(found, smudges).any(1)
+    spared = _within(points, smudges).any(1)
     spared[matched] = False
-    return ObjectScore(len(matched), len(found) - len(matched) - int(spared.sum()), len(nuclei) - len(matched))
+    return ObjectScore(len(matched), len(points) - len(matched) - int(spared.sum()), len(nuclei) - len(matched))
 
 
 def _within(points: NDArray[np.float64], circles: pd.DataFrame) -> NDArray[np.bool_]:

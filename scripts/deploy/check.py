@@ -70,15 +70,15 @@ def main() -> None:
         run("application, three slides, one of them empty", *app, "-i", str(slides), "-o", str(out), expected=3)
         run("application, a DICOM slide", *app, "-i", str(dicom), "-o", str(folder / "out_dicom"))
         bundle = str(ROOT / "bundles" / "cytossl_inference" / "configs" / "inference.json")
-        given = ["--dataset_dir", str(slides), "--output_dir", str(own), "--encoder", str(models / "encoder.pt")]
-        given += ["--classifier", str(models / "classifier.pt"), "--progress", "False"]
-        run("bundle", "-m", "monai.bundle", "run", "--config_file", bundle, *given, expected=3)
+        settings = ["--dataset_dir", str(slides), "--output_dir", str(own), "--encoder", str(models / "encoder.pt")]
+        settings += ["--classifier", str(models / "classifier.pt"), "--progress", "False"]
+        run("bundle", "-m", "monai.bundle", "run", "--config_file", bundle, *settings, expected=3)
 
         worst = 0.0
         for name in ("slide_0000", "slide_0001"):
-            told = json.loads((out / name / "prediction.json").read_text())
+            prediction = json.loads((out / name / "prediction.json").read_text())
             wanted = json.loads((own / name / "prediction.json").read_text())["probabilities"]
-            served = told["deploy"]["probabilities"]
+            served = prediction["deploy"]["probabilities"]
             assert list(served) == list(wanted), (served, wanted)
             worst = max(worst, *(abs(served[c] - wanted[c]) for c in wanted))
             assert (out / name / "report.html").stat().st_size > 10_000
@@ -93,8 +93,8 @@ def main() -> None:
         sr, source = pydicom.dcmread(report), pydicom.dcmread(next(dicom.glob("*.dcm")), stop_before_pixels=True)
         assert sr.Modality == "SR"
         assert sr.StudyInstanceUID == source.StudyInstanceUID
-        told = json.loads((report.parent / "prediction.json").read_text())
-        assert f"Prediction: {told['label']}" in sr.ContentSequence[0].TextValue
+        prediction = json.loads((report.parent / "prediction.json").read_text())
+        assert f"Prediction: {prediction['label']}" in sr.ContentSequence[0].TextValue
         print("DICOM slide in, structured report out: same study")
 
 

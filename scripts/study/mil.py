@@ -106,8 +106,8 @@ def _block(table: pd.DataFrame, metric: str, encoders: list[str]) -> str:
     for method in dict.fromkeys(auc["method"]):
         cells = []
         for encoder in encoders:
-            found = auc[(auc["encoder"] == encoder) & (auc["method"] == method)]
-            cells += [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in found.itertuples()] or ["-"]
+            figures = auc[(auc["encoder"] == encoder) & (auc["method"] == method)]
+            cells += [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in figures.itertuples()] or ["-"]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

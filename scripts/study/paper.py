@@ -61,8 +61,8 @@ def draw(study: PaperStudy, path: Path, plain: str, ours: str, count: int) -> No
                 parts = tissue_parts(tiles / 255, nuclei_mask(tiles, task.mpp))
                 for name, values in head_masses(class_attention(encoder, tiles), parts).items():
                     masses.setdefault(name, []).append(values)
-            for name, found in masses.items():
-                means = torch.cat(found).nanmean(0).tolist()
+            for name, shares in masses.items():
+                means = torch.cat(shares).nanmean(0).tolist()
                 rows.append(
                     {"task": task.name, "arm": named, "figure": name, **{f"head {i}": v for i, v in enumerate(means)}}
                 )
@@ -76,8 +76,8 @@ def draw(study: PaperStudy, path: Path, plain: str, ours: str, count: int) -> No
 def by_slides(content: dict[str, Any], study: PaperStudy, args: argparse.Namespace) -> str:
     """Tables 1 and 2 by slides: whatever is missing is indexed, embedded and cross-validated."""
 
-    def embed(**given: Any) -> None:
-        FeatureEmbedder(**given, device=args.device, progress=False).run()
+    def embed(**paths: Any) -> None:
+        FeatureEmbedder(**paths, device=args.device, progress=False).run()
 
     slides = SlideStudy(content, study, embed)
     rows: list[SlideRow] = []

@@ -156,12 +156,12 @@ def main() -> None:
                 read[task, size] = labelled_task(task, size=size, mpp=SOURCE_MPP, **settings)
             images = read[task, size]
             features = features or make()
-            found = figures_of(probe(features(images), images))
+            figures = figures_of(probe(features(images), images))
             rows = [row for row in rows if (row["task"], row["encoder"]) != (task, name)]
             about = {"images": len(images), "left_out": images.left_out, "classes": len(images.classes)}
-            rows.append({"task": task, "encoder": name, "made_from": made_from, "size": size, **about, **found})
+            rows.append({"task": task, "encoder": name, "made_from": made_from, "size": size, **about, **figures})
             write_json(kept, rows)
-            print(f"{task}, {name}: {found['linear_probe']:.3f}, AUC {found['linear_probe_auc']:.3f}", flush=True)
+            print(f"{task}, {name}: {figures['linear_probe']:.3f}, AUC {figures['linear_probe_auc']:.3f}", flush=True)
     order = {place: number for number, place in enumerate(sorted(wanted, key=lambda place: args.tasks.index(place[0])))}
     chosen = sorted(
         (row for row in rows if (row["task"], row["encoder"]) in order),

@@ -51,7 +51,7 @@ def run_inference(cohort, output_dir, **overrides):
 
     The slides' index is there already, and no evidence but the table of tiles is written, unless a test asks for it.
     """
-    given = {
+    settings = {
         "slides": str(cohort.slides),
         "encoder": str(cohort.encoder),
         "classifier": str(cohort.classifier),
@@ -67,7 +67,7 @@ def run_inference(cohort, output_dir, **overrides):
         "progress": False,
         **overrides,
     }
-    workflow = ConfigWorkflow(str(CONFIGS / "inference.json"), workflow_type="infer", logging_file=False, **given)
+    workflow = ConfigWorkflow(str(CONFIGS / "inference.json"), workflow_type="infer", logging_file=False, **settings)
     workflow.initialize()
     status = 0
     try:

@@ -35,9 +35,9 @@ def card(tmp_path_factory):
 
 
 def run_embed(cohort, output_dir, **overrides):
-    given = {"slides": str(cohort.slides), "index_dir": str(cohort.index), "output_dir": str(output_dir)}
-    given |= {"device": torch.device("cpu"), "progress": False, "num_threads": 1, **overrides}
-    workflow = ConfigWorkflow(str(CONFIGS / "embed.json"), workflow_type="infer", logging_file=False, **given)
+    settings = {"slides": str(cohort.slides), "index_dir": str(cohort.index), "output_dir": str(output_dir)}
+    settings |= {"device": torch.device("cpu"), "progress": False, "num_threads": 1, **overrides}
+    workflow = ConfigWorkflow(str(CONFIGS / "embed.json"), workflow_type="infer", logging_file=False, **settings)
     workflow.initialize()
     with pytest.raises(SystemExit) as stop:
         workflow.run()

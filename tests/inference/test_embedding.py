@@ -77,9 +77,9 @@ def test_tiles_of_another_size_than_the_encoder_learned_are_told(cohort, caplog)
 
 
 def run_embed(cohort, output_dir, **overrides):
-    given = {"slides": str(cohort.slides), "index_dir": str(cohort.index), "encoder": str(cohort.encoder)}
-    given |= {"output_dir": str(output_dir), "device": torch.device("cpu"), "progress": False, **overrides}
-    workflow = ConfigWorkflow(str(CONFIGS / "embed.json"), workflow_type="infer", logging_file=False, **given)
+    settings = {"slides": str(cohort.slides), "index_dir": str(cohort.index), "encoder": str(cohort.encoder)}
+    settings |= {"output_dir": str(output_dir), "device": torch.device("cpu"), "progress": False, **overrides}
+    workflow = ConfigWorkflow(str(CONFIGS / "embed.json"), workflow_type="infer", logging_file=False, **settings)
     workflow.initialize()
     with pytest.raises(SystemExit) as stop:
         workflow.run()
@@ -134,31 +134,31 @@ def bag():
 
 
 def test_evidence_is_attention_times_score(cohort, bag):
-    told = SlideClassifier(cohort.classifier).predict(bag, None, "bag")
-    assert told.attention.sum() == pytest.approx(1, abs=1e-5)
-    np.testing.assert_allclose(told.evidence, told.attention * told.score, rtol=1e-6)
-    assert 0 <= told.evidence.sum() <= 1
-    assert told.shown.min() >= 0
-    assert told.shown.max() <= 1
+    prediction = SlideClassifier(cohort.classifier).predict(bag, None, "bag")
+    assert prediction.attention.sum() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(prediction.evidence, prediction.attention * prediction.score, rtol=1e-6)
+    assert 0 <= prediction.evidence.sum() <= 1
+    assert prediction.shown.min() >= 0
+    assert prediction.shown.max() <= 1
     alone = [SlideClassifier(cohort.classifier).predict(tile[None], None, "tile").suspicion for tile in bag[:4]]
-    np.testing.assert_allclose(told.score[:4], alone, atol=1e-5)
+    np.testing.assert_allclose(prediction.score[:4], alone, atol=1e-5)
 
 
 def test_a_slide_without_suspicious_tiles_stays_pale(cohort, bag):
-    told = SlideClassifier(cohort.classifier).predict(bag, None, "bag")
-    calm = type(told)("negative", {}, 0.01, told.attention, np.full(30, 0.01, np.float32), True)
+    prediction = SlideClassifier(cohort.classifier).predict(bag, None, "bag")
+    calm = type(prediction)("negative", {}, 0.01, prediction.attention, np.full(30, 0.01, np.float32), True)
     assert calm.shown.max() <= 0.11
-    equal = type(told)("positive", {}, 0.9, np.full(30, 1 / 30, np.float32), told.score, False)
-    np.testing.assert_allclose(equal.shown, np.sqrt(told.score))
+    equal = type(prediction)("positive", {}, 0.9, np.full(30, 1 / 30, np.float32), prediction.score, False)
+    np.testing.assert_allclose(equal.shown, np.sqrt(prediction.score))
 
 
 def test_methods_without_attention_rank_by_score(cohort, bag, tmp_path):
     encoder, _ = load_encoder(cohort.encoder)
     known = {"hash": None, "name": "toy", "dim": encoder.embed_dim}
     save_classifier(tmp_path / "mean.pt", MILClassifier(MeanMIL(16, 2), ["negative", "positive"], encoder=known).eval())
-    told = SlideClassifier(tmp_path / "mean.pt").predict(bag, None, "bag")
-    order = np.argsort(-told.evidence)
-    assert (np.diff(told.score[order]) <= 1e-7).all()
+    prediction = SlideClassifier(tmp_path / "mean.pt").predict(bag, None, "bag")
+    order = np.argsort(-prediction.evidence)
+    assert (np.diff(prediction.score[order]) <= 1e-7).all()
 
 
 @pytest.mark.parametrize(
@@ -173,17 +173,17 @@ def test_methods_without_attention_rank_by_score(cohort, bag, tmp_path):
 def test_suspicion_by_target(tmp_path, bag, classes, target, named, wanted):
     classifier = MILClassifier(ABMIL(16, len(classes)), classes, target).eval()
     save_classifier(tmp_path / "c.pt", classifier)
-    told = SlideClassifier(tmp_path / "c.pt", negative_class=named).predict(bag, None, "bag")
-    assert told.suspicion == pytest.approx(wanted(told.probabilities))
+    prediction = SlideClassifier(tmp_path / "c.pt", negative_class=named).predict(bag, None, "bag")
+    assert prediction.suspicion == pytest.approx(wanted(prediction.probabilities))
     if target == "multilabel":
-        assert told.label == ("+".join(k for k, p in told.probabilities.items() if p >= 0.5) or "none")
+        assert prediction.label == ("+".join(k for k, p in prediction.probabilities.items() if p >= 0.5) or "none")
 
 
-@pytest.mark.parametrize(("given", "place"), [(0, 0), ("0", 0), (1, 1), ("1", 1), (None, 0)])
-def test_the_negative_class_is_compared_as_text(cohort, tmp_path, given, place):
+@pytest.mark.parametrize(("named", "place"), [(0, 0), ("0", 0), (1, 1), ("1", 1), (None, 0)])
+def test_the_negative_class_is_compared_as_text(cohort, tmp_path, named, place):
     """A command line makes a number of 0; the classes of a table are text."""
     path = make_classifier(tmp_path / "c.pt", load_encoder(cohort.encoder)[0], classes=("0", "1"))
-    assert SlideClassifier(path, negative_class=given).negative == place
+    assert SlideClassifier(path, negative_class=named).negative == place
     with pytest.raises(CheckpointError, match=r"the class '2' is unknown to .*c\.pt: it has \['0', '1'\]"):
         SlideClassifier(path, negative_class=2)
 
@@ -228,12 +228,12 @@ def test_evidence_finds_planted_tiles_better_than_attention_alone(tmp_path):
     save_classifier(tmp_path / "c.pt", MILClassifier(network, ["negative", "positive"]).eval())
     classifier = SlideClassifier(tmp_path / "c.pt")
     truth = np.arange(60) < 5
-    found = {"evidence": [], "attention": [], "score": []}
+    aucs = {"evidence": [], "attention": [], "score": []}
     for i in range(41, 60, 2):
-        told = classifier.predict(bags[i].numpy(), None, "bag")
-        for name, values in found.items():
-            values.append(roc_auc_score(truth, getattr(told, name)))
-    means = {name: np.mean(values) for name, values in found.items()}
+        prediction = classifier.predict(bags[i].numpy(), None, "bag")
+        for name, values in aucs.items():
+            values.append(roc_auc_score(truth, getattr(prediction, name)))
+    means = {name: np.mean(values) for name, values in aucs.items()}
     assert means["evidence"] > 0.85
     assert means["evidence"] > means["attention"]
     assert means["evidence"] > means["score"] - 0.02  # where the score alone is right, little is lost

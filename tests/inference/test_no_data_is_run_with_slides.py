@@ -67,10 +67,10 @@ def test_a_cohort_of_expressions(cohort: Any, tmp_path: Path, texts: tuple[list[
     assert {path.stem for path in (folder / "features").glob("*.h5")} == ids
     assert read_features(folder / "features" / f"{code}.h5").attrs["encoder_name"] == code
 
-    given = {"encoder": str(folder / "encoder.pt"), "classifier": str(folder / "classifier.pt")}
+    models = {"encoder": str(folder / "encoder.pt"), "classifier": str(folder / "classifier.pt")}
     for number, source in enumerate(({"slides": str(folder / "slides.csv")}, {"dataset_dir": str(folder)})):
         source = {"slides": None, **source, "index_dir": str(index), "evidence": ["tiles", "geojson", "report"]}
-        status, report = run_inference(cohort, folder / f"out{number}", **given, **source)
+        status, report = run_inference(cohort, folder / f"out{number}", **models, **source)
         assert status == 0
         assert set(report) == {names[0], names[3]}
     assert not marker.exists()

@@ -59,8 +59,8 @@ def test_shards_of_all_steps_equal_one_run(cohort, inferred, tmp_path):
 
 
 def merge_bundle(slides: Path, folder: Path, **overrides):
-    given = {"slides": str(slides), "output_dir": str(folder), **overrides}
-    workflow = ConfigWorkflow(str(CONFIGS / "merge.json"), workflow_type="infer", logging_file=False, **given)
+    settings = {"slides": str(slides), "output_dir": str(folder), **overrides}
+    workflow = ConfigWorkflow(str(CONFIGS / "merge.json"), workflow_type="infer", logging_file=False, **settings)
     workflow.initialize()
     workflow.run()
 
@@ -138,6 +138,6 @@ def test_through_a_slide_cache_everything_is_the_same(cohort, inferred, tmp_path
     assert not list(near.iterdir())
     for record in records:
         folders = (tmp_path / "out", inferred)
-        told = [json.loads((folder / record.slide_id / "prediction.json").read_text()) for folder in folders]
-        assert told[0]["probabilities"] == told[1]["probabilities"]
-        assert told[0]["slide"] == told[1]["slide"]
+        predictions = [json.loads((folder / record.slide_id / "prediction.json").read_text()) for folder in folders]
+        assert predictions[0]["probabilities"] == predictions[1]["probabilities"]
+        assert predictions[0]["slide"] == predictions[1]["slide"]

@@ -26,7 +26,7 @@ from cytossl_monai.utils.files import atomic_path
 from cytossl_monai.utils.report import EXIT_PARTIAL
 
 
-def told_of(folder, slide):
+def prediction_of(folder, slide):
     return json.loads((folder / slide / "prediction.json").read_text(encoding="utf-8"))
 
 
@@ -53,12 +53,12 @@ def test_prediction_equals_the_plain_computation(cohort, inferred):
             wanted = torch.softmax(output.logits / classifier.temperature, 1)[0]
         stored = read_features(inferred / "cache" / "features" / f"{slide_id}.h5")
         np.testing.assert_allclose(stored.features, features, atol=2e-2)  # another decoder: a grey level or two
-        told = told_of(inferred, slide_id)
-        assert told["probabilities"]["positive"] == pytest.approx(float(wanted[1]), abs=2e-2)
-        assert sum(told["probabilities"].values()) == pytest.approx(1)
-        assert told["suspicion"] == pytest.approx(told["probabilities"]["positive"])
-        assert 0.02 < told["suspicion"] < 0.98
-        assert told["label"] == max(told["probabilities"], key=told["probabilities"].get)
+        prediction = prediction_of(inferred, slide_id)
+        assert prediction["probabilities"]["positive"] == pytest.approx(float(wanted[1]), abs=2e-2)
+        assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+        assert prediction["suspicion"] == pytest.approx(prediction["probabilities"]["positive"])
+        assert 0.02 < prediction["suspicion"] < 0.98
+        assert prediction["label"] == max(prediction["probabilities"], key=prediction["probabilities"].get)
         table = pd.read_parquet(inferred / slide_id / "tiles.parquet")
         np.testing.assert_array_equal(table[["x", "y"]], index.coords)
         np.testing.assert_allclose(table["attention"], output.attention[0], atol=2e-2)
@@ -112,12 +112,12 @@ def test_what_is_current_stays_and_what_is_not_is_made_again(cohort, inferred, t
 def test_a_changed_slide_is_noticed(cohort, tmp_path):
     scan = tmp_path / "scan.tif"
     shutil.copy(cohort.path(0), scan)
-    given = {"slides": None, "slide": str(scan), "index_dir": str(tmp_path / "index")}
-    run_inference(cohort, tmp_path / "out", **given)
-    first = told_of(tmp_path / "out", "scan")
+    settings = {"slides": None, "slide": str(scan), "index_dir": str(tmp_path / "index")}
+    run_inference(cohort, tmp_path / "out", **settings)
+    first = prediction_of(tmp_path / "out", "scan")
     shutil.copy(cohort.path(1), scan)
-    _, report = run_inference(cohort, tmp_path / "out", **given)
-    second = told_of(tmp_path / "out", "scan")
+    _, report = run_inference(cohort, tmp_path / "out", **settings)
+    second = prediction_of(tmp_path / "out", "scan")
     assert report["scan"].status == "done"
     assert first["made_from"]["slide"] != second["made_from"]["slide"]
     assert first["tiles"]["nuclei"] != second["tiles"]["nuclei"]
@@ -134,8 +134,8 @@ def test_bad_slides_cost_only_themselves(cohort, tmp_path):
     lines = [f"{name.split('.')[0]},{name}" for name in names] + [f"good,{cohort.path(1)}"]
     (tmp_path / "slides.csv").write_text("slide_id,path\n" + "\n".join(lines) + "\n")
     out = tmp_path / "out"
-    given = {"index_dir": str(tmp_path / "index"), "evidence": ["tiles", "report"]}
-    status, report = run_inference(cohort, out, slides=str(tmp_path / "slides.csv"), **given)
+    settings = {"index_dir": str(tmp_path / "index"), "evidence": ["tiles", "report"]}
+    status, report = run_inference(cohort, out, slides=str(tmp_path / "slides.csv"), **settings)
     assert status == EXIT_PARTIAL
     assert report["good"].status == "done"
     assert report["glass"].status == "empty"
@@ -147,7 +147,7 @@ def test_bad_slides_cost_only_themselves(cohort, tmp_path):
         assert name in message  # it names the file
         assert "\n" not in message
 
-    glass = told_of(out, "glass")
+    glass = prediction_of(out, "glass")
     assert (glass["status"], glass["label"], glass["suspicion"], glass["probabilities"]) == (
         "no_cells",
         None,
@@ -230,16 +230,16 @@ def test_killed_in_the_midst_it_goes_on_where_it_was(cohort, inferred, tmp_path,
         if path not in half:
             assert states(tmp_path / "cache" / "features")[path] == state  # what was whole is not made again
     for slide_id in ("slide_0000", "slide_0001"):
-        assert told_of(tmp_path, slide_id)["probabilities"] == told_of(inferred, slide_id)["probabilities"]
+        assert prediction_of(tmp_path, slide_id)["probabilities"] == prediction_of(inferred, slide_id)["probabilities"]
         wanted = pd.read_parquet(inferred / slide_id / "tiles.parquet")
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / slide_id / "tiles.parquet"), wanted)
 
 
 def caught(function, *arguments, **named):
     """The error that a workflow raised, out of what MONAI or Ignite wraps it in."""
-    with pytest.raises(Exception) as told:  # noqa: PT011 - looked at by the caller
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - looked at by the caller
         function(*arguments, **named)
-    return told.value.__cause__ or told.value
+    return raised.value.__cause__ or raised.value
 
 
 def test_models_that_do_not_fit_stop_the_run_before_the_first_slide(cohort, tmp_path):
@@ -272,8 +272,8 @@ def test_an_encoder_that_gives_nan_is_told(cohort, tmp_path):
         encoder.network.norm.weight.fill_(3e38)  # finite weights, features that are not
     save_encoder(tmp_path / "nan.pt", encoder, meta)
     make_classifier(tmp_path / "c.pt", encoder)
-    given = {"encoder": str(tmp_path / "nan.pt"), "classifier": str(tmp_path / "c.pt")}
-    status, report = run_inference(cohort, tmp_path / "out", **given)
+    settings = {"encoder": str(tmp_path / "nan.pt"), "classifier": str(tmp_path / "c.pt")}
+    status, report = run_inference(cohort, tmp_path / "out", **settings)
     assert status == 1
     assert all("NaN" in item.message for item in report.values())
 
@@ -285,7 +285,8 @@ def test_features_of_another_encoder_are_not_taken(cohort, inferred, tmp_path):
         attrs = {**wrong.attrs, "encoder": "0123456789abcdef"}
         write_features(tmp_path / "features" / f"{name}.h5", wrong.features * 0 + 1, wrong.coords, attrs)
     run_inference(cohort, tmp_path / "out", features_dir=str(tmp_path / "features"))
-    assert told_of(tmp_path / "out", "slide_0000")["suspicion"] == told_of(inferred, "slide_0000")["suspicion"]
+    again = prediction_of(tmp_path / "out", "slide_0000")
+    assert again["suspicion"] == prediction_of(inferred, "slide_0000")["suspicion"]
 
 
 def test_input_is_one_slide_a_table_or_a_folder(cohort, tmp_path):
@@ -302,8 +303,8 @@ def test_input_is_one_slide_a_table_or_a_folder(cohort, tmp_path):
 
 
 def test_only_what_is_asked_for_is_written(cohort, inferred, tmp_path):
-    given = {"features_dir": str(inferred / "cache" / "features"), "index_dir": str(inferred / "cache" / "index")}
-    run_inference(cohort, tmp_path, evidence=["tiles", "geojson"], **given)
+    settings = {"features_dir": str(inferred / "cache" / "features"), "index_dir": str(inferred / "cache" / "index")}
+    run_inference(cohort, tmp_path, evidence=["tiles", "geojson"], **settings)
     assert {p.name for p in (tmp_path / "slide_0000").iterdir()} == {
         "prediction.json",
         "tiles.parquet",
@@ -314,15 +315,15 @@ def test_only_what_is_asked_for_is_written(cohort, inferred, tmp_path):
 def test_folds_are_averaged(cohort, inferred, tmp_path):
     encoder, _ = load_encoder(cohort.encoder)
     folds = [str(make_classifier(tmp_path / f"{i}.pt", encoder, seed=i)) for i in range(3)]
-    given = {"features_dir": str(inferred / "cache" / "features")}
-    run_inference(cohort, tmp_path / "all", classifier=folds, evidence=["report"], **given)
+    settings = {"features_dir": str(inferred / "cache" / "features")}
+    run_inference(cohort, tmp_path / "all", classifier=folds, evidence=["report"], **settings)
     alone = []
     for fold in folds:
-        run_inference(cohort, tmp_path / fold[-4], classifier=fold, **given)
-        alone.append(told_of(tmp_path / fold[-4], "slide_0001")["suspicion"])
-    told = told_of(tmp_path / "all", "slide_0001")
-    assert told["suspicion"] == pytest.approx(np.mean(alone))
-    assert told["suspicion_spread"] == pytest.approx(np.std(alone))
+        run_inference(cohort, tmp_path / fold[-4], classifier=fold, **settings)
+        alone.append(prediction_of(tmp_path / fold[-4], "slide_0001")["suspicion"])
+    prediction = prediction_of(tmp_path / "all", "slide_0001")
+    assert prediction["suspicion"] == pytest.approx(np.mean(alone))
+    assert prediction["suspicion_spread"] == pytest.approx(np.std(alone))
     assert "3 folds of ABMIL" in (tmp_path / "all" / "slide_0001" / "report.html").read_text()
 
 
@@ -345,13 +346,13 @@ def test_an_unforeseen_error_costs_only_its_slide(cohort, tmp_path, monkeypatch,
 def test_the_last_line_is_the_sentence(cohort, tmp_path, capsys, monkeypatch):
     """What a person sees of a run that MONAI's configuration wraps in errors of its own."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    with pytest.raises(RuntimeError) as told:
+    with pytest.raises(RuntimeError) as raised:
         run_inference(cohort, tmp_path, encoder=str(tmp_path / "none.pt"))
-    sys.excepthook(told.type, told.value, told.tb)
+    sys.excepthook(raised.type, raised.value, raised.tb)
     first = capsys.readouterr().err.strip().splitlines()[0]
     assert first.startswith(f"error: encoder {tmp_path / 'none.pt'} does not exist")
     monkeypatch.setenv("CYTOSSL_TRACEBACK", "1")
-    sys.excepthook(told.type, told.value, told.tb)
+    sys.excepthook(raised.type, raised.value, raised.tb)
     assert "Traceback" in capsys.readouterr().err
 
 

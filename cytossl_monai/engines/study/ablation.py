@@ -72,9 +72,9 @@ def read_study(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"study {path} does not exist; copy configs/study/ablation.yaml and adapt it")
     content = read_yaml(path, "look at configs/study/ablation.yaml")
-    found = set(content) if isinstance(content, dict) else set()
-    if found != _KEYS:
-        wrong = ", ".join(sorted(found ^ _KEYS))
+    sections = set(content) if isinstance(content, dict) else set()
+    if sections != _KEYS:
+        wrong = ", ".join(sorted(sections ^ _KEYS))
         raise InputError(f"study {path} must have the sections {', '.join(sorted(_KEYS))}; look at {wrong}")
     return dict(content)
 
@@ -119,8 +119,8 @@ class AblationStudy:
             InputError: for a method that the study does not name, an unknown arm, or a missing configuration.
         """
         known = self.study["methods"]
-        for given, allowed in ((methods, known), (arms, ARMS)):
-            unknown = [name for name in given or () if name not in allowed]
+        for names, allowed in ((methods, known), (arms, ARMS)):
+            unknown = [name for name in names or () if name not in allowed]
             if unknown:
                 raise InputError(f"unknown {', '.join(unknown)}; this study has {', '.join(allowed)}")
         return [
@@ -169,8 +169,8 @@ class AblationStudy:
         folder = self.folder(run)
         made_from, model = folder / "run.json", folder / "models" / "model.pt"
         if made_from.is_file():
-            told = read_json(made_from, "delete it to do the run again")
-            before = told.get("fingerprint") if isinstance(told, dict) else None
+            kept = read_json(made_from, "delete it to do the run again")
+            before = kept.get("fingerprint") if isinstance(kept, dict) else None
             if before != run.fingerprint():
                 raise InputError(f"{folder} holds a run with other settings; delete it or give another output folder")
         else:
@@ -219,23 +219,23 @@ class AblationStudy:
             ``_high`` (95 %) and ``_folds``, ``images_per_s`` and
             ``data_wait_share`` (medians over the run's log; None where it logged none).
         """
-        found = []
+        rows = []
         for run in self.runs(methods, arms):
             self.train(run)
-            found += self.evaluate(run, device)
-        return found
+            rows += self.evaluate(run, device)
+        return rows
 
     def untrained_rows(self, runs: Sequence[AblationRun], device: torch.device | str = "cpu") -> list[dict[str, Any]]:
         """The same probes on random weights, without and with SR: what no training at all gives."""
-        found = []
+        rows = []
         for arm in ("plain", "sr"):
             run = next((run for run in runs if run.arm == arm), None)
             if run is None:
                 continue
             saved = read_torch(self.folder(run) / "models" / "model.pt", "an encoder")
             torch.manual_seed(0)
-            found += self._probe(build_encoder(saved), {"method": "random weights", "arm": arm, "steps": 0}, device)
-        return found
+            rows += self._probe(build_encoder(saved), {"method": "random weights", "arm": arm, "steps": 0}, device)
+        return rows
 
 
 def _speed(log: Path) -> dict[str, float | None]:

@@ -36,9 +36,9 @@ def read_paper_study(path: str | os.PathLike[str], scale: str = "small") -> dict
     if not path.is_file():
         raise InputError(f"study {path} does not exist; copy configs/study/paper.yaml and adapt it")
     content = read_yaml(path, "look at configs/study/paper.yaml")
-    found = set(content) if isinstance(content, dict) else set()
-    if found - {"slides"} != _KEYS:
-        wrong = ", ".join(sorted((found - {"slides"}) ^ _KEYS))
+    sections = set(content) if isinstance(content, dict) else set()
+    if sections - {"slides"} != _KEYS:
+        wrong = ", ".join(sorted((sections - {"slides"}) ^ _KEYS))
         raise InputError(f"study {path} must have the sections {', '.join(sorted(_KEYS))}; look at {wrong}")
     if scale not in content["scales"]:
         raise InputError(f"study {path} has no scale {scale!r}; it has {', '.join(content['scales'])}")
@@ -151,8 +151,8 @@ def paper_table(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
                 for figure in FIGURES:
                     mean = f"{np.mean([row[figure] for row in own]):.3f}" if own else "not run"
                     gain, low, high, pairs = paired_over_seeds(mine, arm, base, task, figure)
-                    told = f"{low:+.3f} to {high:+.3f}" if pairs > 1 else "one pair: no interval"
-                    cells.append(mean if arm == base or not pairs else f"{mean}, {gain:+.3f} ({told})")
+                    interval = f"{low:+.3f} to {high:+.3f}" if pairs > 1 else "one pair: no interval"
+                    cells.append(mean if arm == base or not pairs else f"{mean}, {gain:+.3f} ({interval})")
                 lines.append(f"| {arm} | {published} | {len(own)} | {' | '.join(cells)} |")
             lines.append("")
     return "\n".join(lines)

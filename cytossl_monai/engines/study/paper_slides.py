@@ -80,11 +80,11 @@ class SlideStudy:
 
     def __init__(self, study: Mapping[str, Any], images: PaperStudy, embed: Callable[..., Any]) -> None:
         content = study.get("slides")
-        found = set(content or {})
-        if found != _KEYS:
+        sections = set(content or {})
+        if sections != _KEYS:
             raise InputError(
                 f"the study's section slides must have {', '.join(sorted(_KEYS))}; look at "
-                f"{', '.join(sorted(found ^ _KEYS))}"
+                f"{', '.join(sorted(sections ^ _KEYS))}"
             )
         assert content is not None
         self.settings, self.images, self.embed = dict(content), images, embed
@@ -125,8 +125,8 @@ class SlideStudy:
         Raises:
             InputError: for names that the study does not have.
         """
-        for given, known in ((encoders, self.settings["encoders"]), (methods, self.settings["methods"])):
-            unknown = [name for name in given or () if name not in known]
+        for names, known in ((encoders, self.settings["encoders"]), (methods, self.settings["methods"])):
+            unknown = [name for name in names or () if name not in known]
             if unknown:
                 raise InputError(f"unknown {', '.join(unknown)}; this study has {', '.join(known)}")
         wanted = {
@@ -306,8 +306,9 @@ def slide_table(
                 gain = ""
                 if own and name != table["base"]:
                     interval, pairs = paired_over_seeds_and_patients(own, base, n_resamples)
-                    told = f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
-                    gain = "no pair" if not pairs else told if pairs > 1 else f"{told}, one seed: of the patients alone"
+                    shown = f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+                    one_seed = f"{shown}, one seed: of the patients alone"
+                    gain = "no pair" if not pairs else shown if pairs > 1 else one_seed
                 ours = "no weights" if name in (absent or {}) else "not run"
                 if own:
                     means = [float(np.mean([row.figures[f] for row in own])) for f in ("auc", "accuracy", "recall")]

@@ -129,7 +129,7 @@ def representation_table(rows: Sequence[Mapping[str, Any]], reference: str | Non
     for row in rows:
         if row["encoder"] == reference or row["task"] not in base:
             continue
-        found = [difference(row, base[row["task"]], name) for name in names]
-        cells = [f"{figure.mean:+.3f} ({figure.low:+.3f} to {figure.high:+.3f})" for figure in found]
+        differences = [difference(row, base[row["task"]], name) for name in names]
+        cells = [f"{figure.mean:+.3f} ({figure.low:+.3f} to {figure.high:+.3f})" for figure in differences]
         lines.append(f"| {row['task']} | {row['encoder']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -18,12 +18,13 @@ def main() -> int:
     tiles = cells(batch, size)
     mpp = torch.full((batch,), 0.5)
     expected = nuclei_mask(tiles, mpp)
-    there = tiles.to(device)
-    found = nuclei_mask(there, mpp).cpu()
-    differing = float((found != expected).float().mean())
+    tiles_on_device = tiles.to(device)
+    mask = nuclei_mask(tiles_on_device, mpp).cpu()
+    differing = float((mask != expected).float().mean())
     figure("batched mask, share of pixels that differ from the CPU's", differing)
     figure(
-        "batched mask, tiles/s", batch / seconds_of(lambda: nuclei_mask(there, mpp), device, 1 if args.dry else 10, 1)
+        "batched mask, tiles/s",
+        batch / seconds_of(lambda: nuclei_mask(tiles_on_device, mpp), device, 1 if args.dry else 10, 1),
     )
     wrong = differing > 0.01 or not bool(expected.any())
     if device.type == "cuda" and importlib.util.find_spec("cupy") and importlib.util.find_spec("cucim"):

@@ -45,7 +45,7 @@ def main() -> int:
             ROOT / "configs" / "data" / "images.yaml",
             ROOT / "configs" / "scale" / "gpu.yaml",
         ]
-        given = {
+        settings = {
             "dataset_dir": images,
             "labels": labels,
             "output_dir": output,
@@ -60,8 +60,8 @@ def main() -> int:
             "batch_size": 8 if args.dry else 256,
         }
         if args.dry:
-            given |= {"tile_size": 64, "view_size": 32, "num_layers": 1, "cache_gb": 0.1}
-        overrides = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+            settings |= {"tile_size": 64, "view_size": 32, "num_layers": 1, "cache_gb": 0.1}
+        overrides = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         names = "[" + ",".join(f"'{path}'" for path in files) + "]"
         command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", names, *overrides]
         start = time.perf_counter()

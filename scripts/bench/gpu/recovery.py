@@ -32,12 +32,12 @@ def command(images: Path, output: Path, dry: bool, steps: int, *more: str) -> li
     ]
     files += [CONFIGS / "multi_gpu_train.json"] if "torchrun" in more else []
     start = ["-m", "torch.distributed.run", "--nproc_per_node=2"] if "torchrun" in more else []
-    given = {
+    settings = {
         "dataset_dir": images, "output_dir": output, "steps": steps, "batch_size": 4 if dry else 64,
         "image_size": 64, "log_every": 1, "checkpoint_steps": 5, "num_workers": 0,
         "precision": "fp32" if dry else "fp16", "views#global_size": 32, "views#n_local": 0,
     }  # fmt: skip
-    overrides = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    overrides = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     network = "{'_target_': 'cytossl_monai.networks.sr_vit_tiny', 'img_size': 32, 'num_layers': 1, 'num_keys': 2}"
     overrides += ["--backbone", network] + [word for word in more if word != "torchrun"]
     names = "[" + ",".join(f"'{path}'" for path in files) + "]"

@@ -24,7 +24,8 @@ def describe_network(network: nn.Module) -> str:
     if isinstance(network, SRTransformer):
         size = _SIZES.get((config["hidden_size"], config["num_heads"]))
         words[0] += f" {size}" if size else ""
-        words += [f"{config['num_layers']} layers", f"width {config['hidden_size']}"]
+        layers = config["num_layers"]
+        words += ["1 layer" if layers == 1 else f"{layers} layers", f"width {config['hidden_size']}"]
     elif isinstance(network, SmallResNet):
         words = [f"ResNet-{config['depth']}", f"width {config['width']}"]
     weights = sum(parameter.numel() for parameter in network.parameters())

@@ -103,7 +103,9 @@ def test_what_is_printed_is_dark_on_white_without_controls() -> None:
     css = asset("common.css")
     assert "@media screen and (prefers-color-scheme: dark)" in css
     printed = css[css.index("@media print") :]
-    assert re.search(r"\.tools[^{]*\{ display: none !important; \}", printed)
+    but_the_scale = r"\.tools > :not\(\.ramp\)[^{]*\.screen[^{]*\{ display: none !important; \}"
+    assert re.search(but_the_scale, printed)
+    assert "counter(page)" in printed
     assert "break-inside: avoid" in printed
 
 

@@ -20,6 +20,7 @@
 
   // scale: CSS pixels per level-0 pixel; x, y: the level-0 point in the canvas' corner.
   const fitScale = () => Math.min(width / content.width, height / content.height);
+  const em = () => parseFloat(getComputedStyle(root).fontSize); // the reader's letters, also where they are large
   const largest = () => Math.max(2, fitScale() * 4);
 
   function fit() {
@@ -123,13 +124,14 @@
     context.lineWidth = chosen ? 2.5 : 1.2;
     context.strokeStyle = chosen ? "#5b2a86" : "#1d2733";
     context.strokeRect(x - 1, y - 1, side + 2, side + 2);
-    if (side < 16) return;
-    context.font = "600 12px system-ui, sans-serif";
-    const text = String(i + 1), wide = context.measureText(text).width + 10;
+    const letter = 0.75 * em();
+    if (side < 1.3 * letter) return;
+    context.font = `600 ${letter}px system-ui, sans-serif`;
+    const text = String(i + 1), wide = context.measureText(text).width + 0.8 * letter;
     context.fillStyle = chosen ? "#5b2a86" : "rgb(29 39 51 / 0.8)";
-    context.fillRect(x, y, wide, 18);
+    context.fillRect(x, y, wide, 1.5 * letter);
     context.fillStyle = "#fff";
-    context.fillText(text, x + 5, y + 13);
+    context.fillText(text, x + 0.4 * letter, y + 1.1 * letter);
   }
 
   function scaleBar(s) {
@@ -137,11 +139,13 @@
     const power = 10 ** Math.floor(Math.log10(limit));
     const length = [5, 2, 1].map((step) => step * power).find((value) => value <= limit) || power;
     const bar = length * micrometre, text = length >= 1000 ? `${length / 1000} mm` : `${length} \u00b5m`;
+    const letter = 0.8 * em();
+    context.font = `${letter}px system-ui, sans-serif`;
+    const wide = Math.max(bar, context.measureText(text).width);
     context.fillStyle = "rgb(255 255 255 / 0.85)";
-    context.fillRect(10, height - 42, bar + 20, 34);
+    context.fillRect(10, height - 29 - letter, wide + 20, letter + 21);
     context.fillStyle = "#1d2733";
     context.fillRect(20, height - 18, bar, 4);
-    context.font = "13px system-ui, sans-serif";
     context.fillText(text, 20, height - 24);
   }
 

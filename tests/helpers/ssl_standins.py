@@ -133,7 +133,7 @@ def main() -> None:
 
         @trainer.on(Events.ITERATION_COMPLETED)
         def tell(engine: SSLTrainer) -> None:
-            print(engine.state.iteration, flush=True)
+            print(f"{engine.state.iteration}\n", end="", flush=True)  # in one piece: two processes may tell at once
             time.sleep(0.1)
 
     trainer.run()

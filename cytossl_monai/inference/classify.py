@@ -149,7 +149,8 @@ class SlideClassifier:
         """Suspicion (...) of probabilities (..., C)."""
         if self.target == "multilabel":
             return np.asarray(probabilities.max(-1))
-        return np.asarray(1 - probabilities[..., self.negative])
+        # Summed, not taken from one: between tiles that are all but certainly negative the order stays.
+        return np.asarray(np.delete(probabilities, self.negative, -1).sum(-1))
 
     @torch.inference_mode()
     def predict(self, features: np.ndarray, encoder: str | None, where: str) -> SlidePrediction:

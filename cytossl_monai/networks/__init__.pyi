@@ -20,6 +20,7 @@ from .mil.abmil import ABMIL as ABMIL
 from .mil.clam import CLAM as CLAM
 from .mil.classifier import MILClassifier as MILClassifier
 from .mil.cytology.less import LESS as LESS
+from .mil.cytology.reference import ReferenceBank as ReferenceBank
 from .mil.cytology.svdd import DeepSVDD as DeepSVDD
 from .mil.dsmil import DSMIL as DSMIL
 from .mil.dtfd import DTFDMIL as DTFDMIL
@@ -72,6 +73,7 @@ __all__ = [
     "MaxMIL",
     "MeanMIL",
     "ProgramNetwork",
+    "ReferenceBank",
     "ResNetFeatures",
     "ResNetV2Features",
     "SRTransformer",

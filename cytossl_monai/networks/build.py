@@ -30,6 +30,7 @@ NETWORKS: dict[str, str] = {
     "DTFDMIL": _OWN + "mil.dtfd",
     "LESS": _OWN + "mil.cytology.less",
     "DeepSVDD": _OWN + "mil.cytology.svdd",
+    "ReferenceBank": _OWN + "mil.cytology.reference",
     "TransMIL": _OWN + "mil.transmil",
     "MeanMIL": _OWN + "mil.pooling",
     "MaxMIL": _OWN + "mil.pooling",

@@ -2,9 +2,10 @@
 
     python scripts/bench/scale.py --slides 8 --size 4096
 
-Made-up slides; an SR-Transformer of the `tiny` size that was not trained. Each process is a shard, as in an array job.
-Wall time is what a lab waits, and depends on what else the machine does; CPU time hardly does. The last lines are of a
-second run, in which everything is current: what a job costs before it does anything; the slides of a chunk share it.
+Made-up slides, tiles as the index cuts them (512 px, seen at 224); an SR-Transformer of the `tiny` size, not trained.
+Each process is a shard, as in an array job. Wall time is what a lab waits, and depends on what else the machine does;
+CPU time hardly does. The last lines are of a second run, in which everything is current: what a job costs before it
+does anything; the slides of a chunk share it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
         folder = Path(name)
         table = make_slides(folder / "slides", args.slides, args.size, num_workers=2, progress=False)
         torch.manual_seed(0)
-        save_encoder(folder / "model.pt", Encoder(sr_vit_tiny()), {"name": "untrained"})
+        save_encoder(folder / "model.pt", Encoder(sr_vit_tiny(), input_size=224), {"name": "untrained"})
         print(f"{args.slides} slides of {args.size} px\n")
         print("| step | processes | wall s | slides an hour | CPU s a slide |\n|---|---|---|---|---|", flush=True)
         common = ["--slides", str(table)]

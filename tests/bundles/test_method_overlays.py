@@ -15,6 +15,7 @@ from cytossl_monai.engines.bundle import run_training
 from cytossl_monai.networks.files import load_classifier, load_encoder
 from cytossl_monai.networks.lora import has_lora
 from cytossl_monai.networks.mil.cytology.less import LESS
+from cytossl_monai.networks.mil.cytology.reference import ReferenceBank
 from cytossl_monai.networks.mil.cytology.svdd import DeepSVDD
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 from cytossl_monai.utils.program import sentence
@@ -47,7 +48,9 @@ def mil(repo_root: Path, overlay: str, data: dict[str, Any], **settings: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("overlay", "network", "scales"), [("less", LESS, 2), ("svdd", DeepSVDD, None)], ids=["less", "svdd"]
+    ("overlay", "network", "scales"),
+    [("less", LESS, 2), ("svdd", DeepSVDD, None), ("reference", ReferenceBank, None)],
+    ids=["less", "svdd", "reference"],
 )
 def test_mil_overlays(overlay: str, network: type, scales: int | None, repo_root: Path, tmp_path: Path) -> None:
     mil(repo_root, overlay, bags(tmp_path, scales), epochs=15 if overlay == "svdd" else 2)
@@ -56,7 +59,7 @@ def test_mil_overlays(overlay: str, network: type, scales: int | None, repo_root
     told = json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text())
     assert told["n_slides"] == 12
     assert set(told["metrics"]) >= {"auc", "recall", "precision", "specificity"}
-    if overlay == "svdd":
+    if overlay != "less":
         assert told["metrics"]["auc"]["value"] > 0.9  # positives lie far off
 
 

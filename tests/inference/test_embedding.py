@@ -179,6 +179,19 @@ def test_suspicion_by_target(tmp_path, bag, classes, target, named, wanted):
         assert prediction.label == ("+".join(k for k, p in prediction.probabilities.items() if p >= 0.5) or "none")
 
 
+def test_the_order_of_all_but_certain_tiles_stays(tmp_path, bag):
+    """One less P(negative) would be 0 for all of them."""
+    network = MeanMIL(bag.shape[1], 2, embed_dim=0)
+    with torch.no_grad():
+        network.classifier.weight.zero_()
+        network.classifier.weight[1, 0] = 1.0
+        network.classifier.bias.copy_(torch.tensor([0.0, -60.0]))
+    save_classifier(tmp_path / "classifier.pt", MILClassifier(network, ["negative", "positive"]))
+    prediction = SlideClassifier(tmp_path / "classifier.pt").predict(bag, None, "slide")
+    np.testing.assert_array_equal(np.argsort(prediction.score), np.argsort(bag[:, 0]))
+    assert (prediction.score > 0).all()
+
+
 @pytest.mark.parametrize(("named", "place"), [(0, 0), ("0", 0), (1, 1), ("1", 1), (None, 0)])
 def test_the_negative_class_is_compared_as_text(cohort, tmp_path, named, place):
     """A command line makes a number of 0; the classes of a table are text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from cytossl_monai.data.bags.sampler import Drawn
 from cytossl_monai.data.bags.transforms import LoadBagd
 from cytossl_monai.utils.errors import FeatureError
 
-__all__ = ["BagDataset", "collate_bags", "feature_statistics"]
+__all__ = ["BagDataset", "collate_bags", "feature_statistics", "whole_bags"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,23 @@ def collate_bags(items: Sequence[Item]) -> dict[str, Any]:
     return batch
 
 
+def whole_bags(dataset: BagDataset, indices: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The bags as they are in their files, without the dataset's random transforms.
+
+    Args:
+        dataset: the slides.
+        indices: which of them; None takes all.
+    """
+    transform = dataset.transform
+    for index in range(len(dataset)) if indices is None else indices:
+        dataset.transform = None
+        try:
+            bag = dataset[index]
+        finally:
+            dataset.transform = transform
+        yield bag
+
+
 def feature_statistics(dataset: BagDataset, indices: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation (D,) of the features, every slide counting alike however many tiles it has.
 
@@ -112,13 +129,9 @@ def feature_statistics(dataset: BagDataset, indices: Sequence[int] | None = None
     """
     total = square = torch.zeros(0)
     chosen = range(len(dataset)) if indices is None else indices
-    transform, dataset.transform = dataset.transform, None
-    try:
-        for count, index in enumerate(chosen):
-            values = dataset[index]["features"].double()
-            mean, power = values.mean(dim=0), values.square().mean(dim=0)
-            total, square = (mean, power) if count == 0 else (total + mean, square + power)
-    finally:
-        dataset.transform = transform
+    for count, bag in enumerate(whole_bags(dataset, chosen)):
+        values = bag["features"].double()
+        mean, power = values.mean(dim=0), values.square().mean(dim=0)
+        total, square = (mean, power) if count == 0 else (total + mean, square + power)
     mean = total / len(chosen)
     return mean.float(), (square / len(chosen) - mean.square()).clamp(min=0.0).sqrt().float()

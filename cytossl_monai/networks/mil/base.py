@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: TorchScript must be able to read the annotations of MILOutput.
 
 import inspect
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -96,6 +97,14 @@ class MILModel(nn.Module):
         std = torch.where(std > 1e-6, std, torch.ones_like(std))
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std)
+
+    @torch.jit.unused
+    def learn_bags(self, bags: Iterable[tuple[Tensor, Any]]) -> None:
+        """Learn from the training slides what needs no gradient, once before training; most methods: nothing.
+
+        Args:
+            bags: features (N, D), as the encoder made them, and label of each.
+        """
 
     @torch.jit.unused
     def auxiliary_losses(self, output: MILOutput, indicator: Tensor) -> dict[str, Tensor]:

@@ -3,24 +3,23 @@
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.networks.mil.base import MILModel, MILOutput, masked_softmax
+from cytossl_monai.networks.mil.base import MILOutput, masked_softmax
+from cytossl_monai.networks.mil.cytology.one_class import OneClassMIL
 
 __all__ = ["DeepSVDD"]
 
 _FAR_FROM_ZERO = 0.1  # a centre at zero could be met by a network that maps all to zero
 
 
-class DeepSVDD(MILModel):
+class DeepSVDD(OneClassMIL):
     """Learns where the tiles of negative slides lie, and asks of a slide how far its farthest tiles are from there.
 
     ``d(x) = ||f(x) - c||^2`` with a network f without biases and a fixed centre c, the mean of f at the start; training
     lowers the mean distance of the tiles of negative slides. Positive slides teach it nothing: where few cells of a
     slide are malignant, a label of the slide says little about a tile (arXiv 2604.07722 finds one-class detection ahead
-    of MIL there). A slide's score is the mean over its ``top_share`` farthest tiles (one tile at least).
-
-    The score is standardised by the running mean and deviation of the negative slides' scores, so that 0 is what a
-    negative slide has and 1 a deviation more. The logits are (-s, s) / 2, so the probability is the sigmoid of s; no
-    gradient passes through them. Calibration, where positive slides are at hand, sets its temperature.
+    of MIL there). Scores are standardised by the running mean and deviation of the negative slides'. The logits are
+    (-s, s) / 2, so the probability is the sigmoid of s; no gradient passes through them. Calibration, where positive
+    slides are at hand, sets its temperature.
 
     Attention is the softmax of the tiles' standardised distances; tile scores are their logits.
 
@@ -36,9 +35,6 @@ class DeepSVDD(MILModel):
         ValueError: for other than two outputs, and for numbers out of range.
     """
 
-    one_class = True
-    """Training needs the first class alone, see ``data.splits``."""
-
     def __init__(
         self,
         in_features: int,
@@ -48,34 +44,18 @@ class DeepSVDD(MILModel):
         top_share: float = 0.02,
         momentum: float = 0.9,
     ) -> None:
-        super().__init__(in_features, n_outputs)
-        if n_outputs != 2:
-            raise ValueError(
-                f"one-class detection tells negative from positive, two outputs; got {n_outputs}: join the positive "
-                "classes, or take another method"
-            )
-        if not 0 < top_share <= 1 or not 0 <= momentum < 1:
-            raise ValueError(f"top_share must lie in (0, 1] and momentum in [0, 1), got {top_share} and {momentum}")
+        super().__init__(in_features, n_outputs, top_share)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         self.embed_dim, self.hidden_dim = embed_dim, hidden_dim
-        self.top_share, self.momentum = float(top_share), float(momentum)
+        self.momentum = float(momentum)
         self.embed = nn.Sequential(
             nn.Linear(in_features, hidden_dim, bias=False), nn.ReLU(), nn.Linear(hidden_dim, embed_dim, bias=False)
         )
         self.centre: Tensor
-        self.score_mean: Tensor
-        self.score_std: Tensor
         self.started: Tensor
         self.register_buffer("centre", torch.zeros(embed_dim))
-        self.register_buffer("score_mean", torch.zeros(()))
-        self.register_buffer("score_std", torch.ones(()))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-
-    def slide_scores(self, distance: Tensor, mask: Tensor) -> Tensor:
-        """(B,) mean of the ``top_share`` largest distances of each bag (B, N); at least one tile counts."""
-        ordered = distance.masked_fill(~mask, float("-inf")).sort(dim=1, descending=True).values
-        count = (mask.sum(dim=1) * self.top_share).ceil().long().clamp_min(1)
-        counted = torch.arange(mask.shape[1], device=mask.device) < count.unsqueeze(1)
-        return ordered.masked_fill(~counted, 0.0).sum(dim=1) / count
 
     def forward_bag(self, features: Tensor, mask: Tensor) -> MILOutput:
         """See ``MILModel.forward_bag``."""

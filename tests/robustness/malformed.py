@@ -24,6 +24,7 @@ from cytossl_monai.data.slide_table import read_slide_table, write_slide_table
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.write import write_pyramid
 from cytossl_monai.data.tiles.index_file import TileIndex
+from cytossl_monai.engines.bundle import read_config_file
 from cytossl_monai.networks.files import load_classifier, load_encoder, save_classifier, save_encoder
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.classifier import MILClassifier
@@ -35,6 +36,8 @@ with contextlib.suppress(ImportError):
     import cucim  # noqa: F401 - the same
 
 SIDE, TILE = 1024, 256
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, OVERLAY = ROOT / "bundles/cytossl_pretrain/configs/train.json", ROOT / "configs/data/mixed.yaml"
 CODE = "$__import__('pathlib').Path({marker!r}).touch()"
 """What a cell or a name holds that must never be run."""
 
@@ -104,6 +107,10 @@ def use_damaged_slide(path: Path) -> str:
     difference = np.abs(images.astype(int) - expected).mean((1, 2, 3))
     spoilt = int(((difference > 1) & sound).sum())
     return f"wrong: {spoilt} tiles" if spoilt else f"{int(sound.sum())} sound tiles"
+
+
+def use_configuration(path: Path) -> str:
+    return f"{len(read_config_file(path))} settings"
 
 
 def use_table(path: Path) -> str:
@@ -326,5 +333,9 @@ CLASSES: dict[str, Class] = {
     "encoder: cut off": (".pt", lambda w, t, r: cut(w.encoder, t, r), use_encoder),
     "classifier: bytes overwritten": (".pt", lambda w, t, r: overwrite(w.classifier, t, r), use_classifier),
     "classifier: cut off": (".pt", lambda w, t, r: cut(w.classifier, t, r), use_classifier),
+    "configuration: bytes overwritten": (".json", lambda w, t, r: overwrite(TRAIN, t, r), use_configuration),
+    "configuration: cut off": (".json", lambda w, t, r: cut(TRAIN, t, r), use_configuration),
+    "overlay: bytes overwritten": (".yaml", lambda w, t, r: overwrite(OVERLAY, t, r), use_configuration),
+    "overlay: cut off": (".yaml", lambda w, t, r: cut(OVERLAY, t, r), use_configuration),
 }
 """Name of the class: suffix of its files, what makes one, and what the package does with it."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.networks.mil.base import MILOutput, masked_softmax
+from cytossl_monai.networks.mil.base import MILOutput, full_mask, masked_softmax
 from cytossl_monai.networks.mil.cytology.one_class import OneClassMIL
 
 __all__ = ["ReferenceBank"]
@@ -99,16 +99,14 @@ class ReferenceBank(OneClassMIL):
         self.bank_size = len(self.bank)
         if self.bank_slides[self.bank_slides != self.bank_slides[0]].numel() < self.n_neighbours:
             raise ValueError(f"n_neighbours is {self.n_neighbours}, more than the references of other slides")
-        scores = torch.cat([self.slide_scores(self._distance(tiles)[None], _all(tiles)) for tiles in negative])
+        scores = torch.cat([self._own_score(tiles) for tiles in negative])
         self.score_mean.copy_(scores.mean())
         self.score_std.copy_(scores.std().clamp_min(1e-3 * float(scores.mean())))
         self.graded.fill_(any(label != 0 for _, label in bags))
 
     def forward_bag(self, features: Tensor, mask: Tensor) -> MILOutput:
         """See ``MILModel.forward_bag``."""
-        distance = torch.zeros(mask.shape, dtype=features.dtype, device=features.device)
-        for number in range(len(features)):
-            distance[number, mask[number]] = self._distance(features[number][mask[number]])
+        distance = self._distances(features, mask)
         slide = (self.slide_scores(distance, mask) - self.score_mean) / self.score_std
         tiles = (distance - self.score_mean) / self.score_std
         slide_logit, tile_logits = slide, tiles
@@ -125,18 +123,28 @@ class ReferenceBank(OneClassMIL):
         """Nothing to learn from negative slides alone: a loss of 0, with a gradient of 0."""
         return {} if bool(self.graded) else {"reference": 0.0 * (self.log_slope + self.offset)}
 
+    @torch.jit.unused
+    def _own_score(self, tiles: Tensor) -> Tensor:
+        mask = full_mask(tiles[None])
+        return self.slide_scores(self._distances(tiles[None], mask), mask)
+
+    @torch.jit.unused
     def _standardised(self, features: Tensor) -> Tensor:
         return (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
 
-    def _distance(self, tiles: Tensor) -> Tensor:
-        """(N,) distances of the standardised tiles (N, D) of one slide."""
-        white = (tiles - self.centre) @ self.whitening
-        nearest, places = self._compare(white, self.bank, 1)
+    def _distances(self, features: Tensor, mask: Tensor) -> Tensor:
+        """(B, N) distances of the standardised tiles (B, N, D) of some slides; 0 on padding."""
+        white = (features[mask] - self.centre) @ self.whitening  # all slides' tiles at once: they are often single ones
+        slides = mask.nonzero()[:, 0]
+        nearest, places = self._compare(white, self.bank, self.n_neighbours)
+        distances = nearest.mean(dim=1)
         itself = nearest[:, 0].square() <= 1e-5 * (white.square().sum(dim=1) + 1.0)  # 0, but for rounding
-        if not bool(itself.any()):
-            return self._compare(white, self.bank, self.n_neighbours)[0].mean(dim=1)
-        own = self.bank_slides[places[:, 0][itself]].mode().values
-        return self._compare(white, self.bank[self.bank_slides != own], self.n_neighbours)[0].mean(dim=1)
+        for slide in torch.unique(slides[itself]):
+            tiles = slides == slide
+            own = self.bank_slides[places[tiles & itself, 0]].mode().values
+            others = self.bank[self.bank_slides != own]
+            distances[tiles] = self._compare(white[tiles], others, self.n_neighbours)[0].mean(dim=1)
+        return torch.zeros(mask.shape, dtype=features.dtype, device=features.device).masked_scatter(mask, distances)
 
     def _compare(self, white: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(N, count) distances to the nearest rows of the bank and their numbers, 1,024 tiles at once."""
@@ -154,7 +162,3 @@ class ReferenceBank(OneClassMIL):
             self.bank, self.bank_size = self.bank.new_zeros(rows.shape), len(rows)
             self.bank_slides = self.bank_slides.new_zeros(len(rows))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _all(tiles: Tensor) -> Tensor:
-    return torch.ones(1, len(tiles), dtype=torch.bool, device=tiles.device)

@@ -49,6 +49,8 @@ from cytossl_monai.inference import SlideClassifier
 from cytossl_monai.metrics import bootstrap_intervals, linear_probe
 
 CONFIG = Path(__file__).resolve().parents[2] / "bundles" / "cytossl_inference" / "configs" / "inference.json"
+RESAMPLES = 2000
+"""Draws of the bootstrap."""
 LESIONS = ("ascus", "asch", "lsil", "hsil", "scc", "agc")
 RANKINGS = {
     "attention x score": lambda tiles: tiles["attention"] * tiles["score"],
@@ -108,7 +110,7 @@ def measure(tiles: pd.DataFrame, lesion: np.ndarray, top: int) -> dict[str, dict
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Mean over the slides and its bootstrap 95 % interval."""
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
@@ -189,6 +191,7 @@ def supervised(slides: Path, index_dir: Path, features_dir: Path, top: int) -> N
             len(bags),
             patients,
             positive,
+            RESAMPLES,
         )["auc"]
         cells_auc = f"{within[0]:.3f} ({within[1]:.3f} to {within[2]:.3f})"
         print(f"{name:<28}{cells_auc:<28}{f'{hits[0]:.1f} ({hits[1]:.1f} to {hits[2]:.1f})':<24}{of_slides}")

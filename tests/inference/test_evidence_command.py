@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 
 from cytossl_monai.data.bags.features import write_features
+from cytossl_monai.metrics import linear_probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +66,8 @@ def test_crops_known_by_heart_are_worth_nothing_once_they_are_held_out(
         rows.append(f"s{number},s{number}.tif,{number % 2},p{number}")
     (tmp_path / "slides.csv").write_text("\n".join(rows) + "\n")
     words = ["x", "--slides", str(tmp_path / "slides.csv"), "--supervised", "--top", "3"]
+    monkeypatch.setattr(command, "RESAMPLES", 30)
+    monkeypatch.setattr(command, "linear_probe", partial(linear_probe, penalties=(1.0,)))  # choosing one takes long
     monkeypatch.setattr(sys, "argv", [*words, "--index", str(tmp_path), "--features", str(tmp_path)])
     command.main()
     lines = capsys.readouterr().out.splitlines()

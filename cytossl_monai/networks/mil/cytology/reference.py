@@ -27,7 +27,7 @@ class ReferenceBank(OneClassMIL):
     all that is trained, and only where positive slides are among the training slides. Attention is the softmax of
     the tiles' standardised distances, tile scores are their logits.
 
-    What to know: the more often the same cells recur between slides, the better a bank looks.
+    The more cells of a kind recur between slides, the better a bank looks: judge it on slides of other preparations.
 
     Args:
         in_features: width D of the features.

@@ -76,8 +76,8 @@ def draw(study: PaperStudy, path: Path, plain: str, ours: str, count: int) -> No
 def by_slides(content: dict[str, Any], study: PaperStudy, args: argparse.Namespace) -> str:
     """Tables 1 and 2 by slides: whatever is missing is indexed, embedded and cross-validated."""
 
-    def embed(**paths: Any) -> None:
-        FeatureEmbedder(**paths, device=args.device, progress=False).run()
+    def embed(**settings: Any) -> None:
+        FeatureEmbedder(**settings, device=args.device, progress=False).run()
 
     slides = SlideStudy(content, study, embed)
     rows: list[SlideRow] = []

@@ -173,3 +173,6 @@ def test_feature_statistics_weigh_slides_alike(store):
     torch.testing.assert_close(mean, torch.stack([b.mean(0) for b in bags]).mean(0))
     power = torch.stack([b.square().mean(0) for b in bags]).mean(0)
     torch.testing.assert_close(std, (power - mean.square()).sqrt())
+    dropping = BagDataset(items_of(store), lambda item: {**item, "features": item["features"][:1]})
+    torch.testing.assert_close(feature_statistics(dropping), (mean, std))  # transforms are left out
+    assert len(dropping[0]["features"]) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from cytossl_monai.data.bags.sampler import Drawn
 from cytossl_monai.data.bags.transforms import LoadBagd
 from cytossl_monai.utils.errors import FeatureError
 
-__all__ = ["BagDataset", "collate_bags", "feature_statistics", "whole_bags"]
+__all__ = ["BagDataset", "collate_bags", "feature_statistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,12 @@ class BagDataset(Dataset):
         self._left = int(cache_gb * 1e9)
         self._cache: dict[int, Item] = {}
 
-    def _transform(self, index: int) -> Any:
+    def whole(self, index: int) -> Item:
+        """The bag of a slide as its file holds it, without any transform: ``features`` (N, D), ``coords`` (N, 2).
+
+        Raises:
+            FeatureError: when the file cannot be read, or is of another encoder.
+        """
         item = self._cache.get(index)
         if item is None:
             item = self.load(self.data[index])
@@ -53,11 +58,15 @@ class BagDataset(Dataset):
             if size <= self._left:
                 self._left -= size
                 self._cache[index] = item
+        return dict(item)
+
+    def _transform(self, index: int) -> Any:
+        item = self.whole(index)
         if self.transform is None:
-            return dict(item)
+            return item
         if isinstance(index, Drawn) and isinstance(self.transform, Randomizable):
             self.transform.set_random_state(seed=index.seed % 2**32)
-        return self.transform(dict(item))
+        return self.transform(item)
 
     def sizes(self) -> list[int]:
         """Number of tiles of every bag, before any transform."""
@@ -103,34 +112,17 @@ def collate_bags(items: Sequence[Item]) -> dict[str, Any]:
     return batch
 
 
-def whole_bags(dataset: BagDataset, indices: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The bags as they are in their files, without the dataset's random transforms.
-
-    Args:
-        dataset: the slides.
-        indices: which of them; None takes all.
-    """
-    transform = dataset.transform
-    for index in range(len(dataset)) if indices is None else indices:
-        dataset.transform = None
-        try:
-            bag = dataset[index]
-        finally:
-            dataset.transform = transform
-        yield bag
-
-
 def feature_statistics(dataset: BagDataset, indices: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation (D,) of the features, every slide counting alike however many tiles it has.
 
     Args:
-        dataset: the training slides; its random transforms are not applied.
+        dataset: the training slides, without its transforms.
         indices: which of them; None takes all.
     """
     total = square = torch.zeros(0)
     chosen = range(len(dataset)) if indices is None else indices
-    for count, bag in enumerate(whole_bags(dataset, chosen)):
-        values = bag["features"].double()
+    for count, index in enumerate(chosen):
+        values = dataset.whole(index)["features"].double()
         mean, power = values.mean(dim=0), values.square().mean(dim=0)
         total, square = (mean, power) if count == 0 else (total + mean, square + power)
     mean = total / len(chosen)

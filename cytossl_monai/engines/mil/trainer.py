@@ -18,7 +18,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cytossl_monai.data.bags.dataset import BagDataset, collate_bags, feature_statistics, whole_bags
+from cytossl_monai.data.bags.dataset import BagDataset, collate_bags, feature_statistics
 from cytossl_monai.data.bags.sampler import BagBatchSampler
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.mil.base import MILModel
@@ -188,7 +188,8 @@ def standardise(network: MILModel, dataset: BagDataset) -> MILModel:
         the network.
     """
     network.set_standardisation(*feature_statistics(dataset))
-    network.learn_bags((bag["features"], bag["label"]) for bag in whole_bags(dataset))
+    bags = map(dataset.whole, range(len(dataset)))
+    network.learn_bags((bag["features"], bag["label"]) for bag in bags)
     return network
 
 

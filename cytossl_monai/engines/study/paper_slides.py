@@ -97,7 +97,7 @@ class SlideStudy:
 
     def _absent(self) -> dict[str, str]:
         """Encoders whose weights are not there: which file is missing, where it goes and where it is to be had."""
-        said = {}
+        sentences = {}
         for name, about in self.settings["encoders"].items():
             weights = about.get("weights")
             if weights is None or (self.images.data / weights).is_file():
@@ -106,10 +106,10 @@ class SlideStudy:
             if "encoder" in about:
                 card = read_card(self.images.root / about["encoder"])
                 source = f"{card.where_to_get} Its file is {card.file}." if card.file else card.where_to_get
-            said[name] = (
+            sentences[name] = (
                 f"{name} is left out: its weights {self.images.data / weights} are not there. {source}".rstrip()
             )
-        return said
+        return sentences
 
     def cells(
         self, encoders: Sequence[str] | None = None, methods: Sequence[str] | None = None
@@ -135,12 +135,12 @@ class SlideStudy:
             for encoder in table["rows"]
             for method in table["methods"]
         }
-        there = [name for name in self.settings["encoders"] if name not in self.absent]
+        available = [name for name in self.settings["encoders"] if name not in self.absent]
         for name, why in self.absent.items():
             if not encoders or name in encoders:
                 logger.warning("%s", why)
         for seed in self.seeds:
-            for encoder in there:
+            for encoder in available:
                 for method in self.settings["methods"]:
                     chosen = (not encoders or encoder in encoders) and (not methods or method in methods)
                     if chosen and (encoder, method) in wanted:

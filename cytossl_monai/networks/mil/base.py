@@ -78,9 +78,11 @@ class MILModel(nn.Module):
             raise ValueError(f"features must be (B, N, {self.in_features}), got {list(features.shape)}")
         if mask is None:
             mask = full_mask(features)
-        values = (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
-        values = values.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.forward_bag(values, mask)
+        return self.forward_bag(self.standardised(features).masked_fill(~mask.unsqueeze(-1), 0.0), mask)
+
+    def standardised(self, features: Tensor) -> Tensor:
+        """Features (..., D), as the encoder made them, less the mean and divided by the deviation; on this device."""
+        return (features.to(self.feature_mean) - self.feature_mean) / self.feature_std
 
     def forward_bag(self, features: Tensor, mask: Tensor) -> MILOutput:
         """Classify standardised bags: features (B, N, D), zero on padding; mask (B, N) bool, True on tiles."""

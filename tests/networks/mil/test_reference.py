@@ -115,6 +115,19 @@ def test_the_bank_is_drawn_alike_from_slides_and_a_file_keeps_it() -> None:
     torch.testing.assert_close(torch.jit.script(model)(new).logits, model(new).logits)
 
 
+def test_padding_changes_nothing() -> None:
+    model = taught(cohort())
+    new = torch.cat([bag[None] for bag, _ in cohort(seed=3, slides=2)])
+    mask = torch.arange(40) < torch.tensor([40, 7])[:, None]
+    together = model(new.masked_fill(~mask[..., None], float("nan")), mask)
+    alone = model(new[1:, :7])
+    torch.testing.assert_close(together.logits[1:], alone.logits)
+    torch.testing.assert_close(together.scores[1:, :7], alone.scores)
+    torch.testing.assert_close(together.attention[1:, :7], alone.attention)
+    assert not together.scores[1, 7:].any()
+    assert not together.attention[1, 7:].any()
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="two outputs"):
         ReferenceBank(8, 3)
@@ -124,3 +137,6 @@ def test_what_cannot_be_is_said() -> None:
         taught(cohort(slides=2))
     with pytest.raises(ValueError, match="more than the references of other slides"):
         taught(cohort(slides=3, tiles=4), n_neighbours=5)
+    few, _, many = cohort(slides=3)
+    with pytest.raises(ValueError, match="more than the references of other slides"):
+        taught([(few[0][:2], 0), many], n_neighbours=3)  # the second slide is judged by the two tiles of the first

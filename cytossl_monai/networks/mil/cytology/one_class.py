@@ -23,9 +23,6 @@ class OneClassMIL(MILModel):
         ValueError: for other than two outputs, and for a share out of range.
     """
 
-    one_class = True
-    """Training needs the first class alone, see ``data.splits``."""
-
     def __init__(self, in_features: int, n_outputs: int, top_share: float) -> None:
         super().__init__(in_features, n_outputs)
         if n_outputs != 2:

@@ -76,13 +76,19 @@ class ReferenceBank(OneClassMIL):
         """Fill the bank, whiten, and standardise the scores by the negative training slides.
 
         Args:
-            bags: features (N, D) and label of every training slide; label 0 is negative.
+            bags: features (N, D) and label of every training slide; label 0 is negative. The features of all negative
+                slides are in memory at once.
 
         Raises:
-            ValueError: when fewer than two slides are negative: none could be judged by another's cells.
+            ValueError: when fewer than two slides are negative: none could be judged by another's cells; when a slide
+                leaves fewer than ``n_neighbours`` references of others.
         """
-        bags = list(bags)
-        negative = [self._standardised(features) for features, label in bags if label == 0]
+        negative, graded = [], False
+        for features, label in bags:
+            if label == 0:
+                negative.append(self.standardised(features))
+            else:
+                graded = True
         if len(negative) < 2:
             raise ValueError(f"a bank of references takes two negative training slides at least, got {len(negative)}")
         # Every slide counts alike, however many tiles it has.
@@ -97,12 +103,12 @@ class ReferenceBank(OneClassMIL):
         slides = torch.cat([torch.full((len(tiles),), number) for number, tiles in enumerate(kept)])
         self.bank_slides = slides[: self.bank_size].to(self.bank.device)
         self.bank_size = len(self.bank)
-        if self.bank_slides[self.bank_slides != self.bank_slides[0]].numel() < self.n_neighbours:
+        if self.bank_size - int(self.bank_slides.bincount().max()) < self.n_neighbours:
             raise ValueError(f"n_neighbours is {self.n_neighbours}, more than the references of other slides")
         scores = torch.cat([self._own_score(tiles) for tiles in negative])
         self.score_mean.copy_(scores.mean())
         self.score_std.copy_(scores.std().clamp_min(1e-3 * float(scores.mean())))
-        self.graded.fill_(any(label != 0 for _, label in bags))
+        self.graded.fill_(graded)
 
     def forward_bag(self, features: Tensor, mask: Tensor) -> MILOutput:
         """See ``MILModel.forward_bag``."""
@@ -128,10 +134,6 @@ class ReferenceBank(OneClassMIL):
         mask = full_mask(tiles[None])
         return self.slide_scores(self._distances(tiles[None], mask), mask)
 
-    @torch.jit.unused
-    def _standardised(self, features: Tensor) -> Tensor:
-        return (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
-
     def _distances(self, features: Tensor, mask: Tensor) -> Tensor:
         """(B, N) distances of the standardised tiles (B, N, D) of some slides; 0 on padding."""
         white = (features[mask] - self.centre) @ self.whitening  # all slides' tiles at once: they are often single ones
@@ -151,9 +153,9 @@ class ReferenceBank(OneClassMIL):
         distances: list[Tensor] = []
         places: list[Tensor] = []
         for part in white.split(1024):
-            found = torch.cdist(part, bank).topk(count, dim=1, largest=False)
-            distances.append(found.values)
-            places.append(found.indices)
+            nearest = torch.cdist(part, bank).topk(count, dim=1, largest=False)
+            distances.append(nearest.values)
+            places.append(nearest.indices)
         return torch.cat(distances), torch.cat(places)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "config_folder",
     "data_of",
     "naming_damaged_files",
+    "plain_voice",
     "read_config_file",
     "reading_parser",
     "run_training",
@@ -231,7 +232,7 @@ def run_training(
         overrides: values to set, by id: configuration, of which expressions are evaluated.
         data: values to set over these, by id, as they are: see ``as_data``.
     """
-    with _plain_voice(), naming_damaged_files(config_files):
+    with plain_voice(), naming_damaged_files(config_files):
         workflow = ConfigWorkflow(
             config_file=[str(path) for path in config_files],
             meta_file=str(Path(config_files[0]).parent / "metadata.json"),
@@ -245,8 +246,8 @@ def run_training(
 
 
 @contextmanager
-def _plain_voice() -> Iterator[None]:
-    """MONAI warns where logging is left to the caller and where overlays lie elsewhere: both are meant here."""
+def plain_voice() -> Iterator[None]:
+    """Leave out what MONAI warns of where logging is left to the caller and overlays lie elsewhere: both are meant."""
     voice = logging.getLogger("monai.bundle.workflows")
 
     def other(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""The overlays less, svdd, vpu and lora, each from its input to its file through a bundle's own configuration."""
+"""The overlays less, svdd, reference, vpu and lora, from input to file through a bundle's configuration."""
 
 from __future__ import annotations
 

@@ -108,9 +108,9 @@ def check_training(
     try:
         with naming_damaged_files(files):
             parser.read_config([str(path) for path in files])
+    except InputError:
+        raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise SettingError(f"configuration {', '.join(map(str, files))} cannot be read: {error}") from error
     for key, value in overrides.items():
         try:

@@ -1,4 +1,4 @@
-"""What one-class methods share: a slide is as suspicious as its farthest tiles."""
+"""What methods share that learn what negative slides look like: a slide is as suspicious as its farthest tiles."""
 
 import torch
 from torch import Tensor

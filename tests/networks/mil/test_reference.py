@@ -140,3 +140,7 @@ def test_what_cannot_be_is_said() -> None:
     few, _, many = cohort(slides=3)
     with pytest.raises(ValueError, match="more than the references of other slides"):
         taught([(few[0][:2], 0), many], n_neighbours=3)  # the second slide is judged by the two tiles of the first
+    with pytest.raises(ValueError, match="less than a reference for each of 3 slides"):
+        taught(cohort(), bank_size=2)
+    with pytest.raises(ValueError, match="not a multilabel target"):
+        ReferenceBank(8).learn_bags([(torch.zeros(3, 8), torch.tensor([0, 1]))])  # type: ignore[list-item]

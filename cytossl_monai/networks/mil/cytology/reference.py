@@ -1,6 +1,6 @@
 """Nearest reference cells: how far a slide's tiles lie from those of negative slides (after PatchCore)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,27 +81,32 @@ class ReferenceBank(OneClassMIL):
 
         Raises:
             ValueError: when fewer than two slides are negative: none could be judged by another's cells; when a slide
-                leaves fewer than ``n_neighbours`` references of others.
+                leaves fewer than ``n_neighbours`` references of others; when there are more negative slides than
+                ``bank_size``; for labels of several classes.
         """
         negative, graded = [], False
         for features, label in bags:
+            if isinstance(label, Sequence) or getattr(label, "ndim", 0):
+                raise ValueError("a bank of references takes slides of one class each, not a multilabel target")
             if label == 0:
                 negative.append(self.standardised(features))
             else:
                 graded = True
         if len(negative) < 2:
             raise ValueError(f"a bank of references takes two negative training slides at least, got {len(negative)}")
+        if self.bank_size < len(negative):
+            raise ValueError(f"bank_size is {self.bank_size}, less than a reference for each of {len(negative)} slides")
         # Every slide counts alike, however many tiles it has.
         self.centre.copy_(torch.stack([tiles.mean(dim=0) for tiles in negative]).mean(dim=0))
         spread = torch.stack([((tiles - self.centre).T @ (tiles - self.centre)) / len(tiles) for tiles in negative])
         variances, axes = torch.linalg.eigh(spread.mean(dim=0).double())
         self.whitening.copy_(axes / (variances.clamp_min(0.0) + self.shrinkage).sqrt())
-        share = max(1, self.bank_size // len(negative))
+        share = self.bank_size // len(negative)
         generator = torch.Generator().manual_seed(0)
         kept = [tiles[torch.randperm(len(tiles), generator=generator)[:share].sort().values] for tiles in negative]
-        self.bank = (torch.cat(kept)[: self.bank_size] - self.centre) @ self.whitening
+        self.bank = (torch.cat(kept) - self.centre) @ self.whitening
         slides = torch.cat([torch.full((len(tiles),), number) for number, tiles in enumerate(kept)])
-        self.bank_slides = slides[: self.bank_size].to(self.bank.device)
+        self.bank_slides = slides.to(self.bank.device)
         self.bank_size = len(self.bank)
         if self.bank_size - int(self.bank_slides.bincount().max()) < self.n_neighbours:
             raise ValueError(f"n_neighbours is {self.n_neighbours}, more than the references of other slides")

@@ -1,8 +1,9 @@
 """Nearest reference cells: how far a slide's tiles lie from those of negative slides (after PatchCore)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ class ReferenceBank(OneClassMIL):
         """
         negative, graded = [], False
         for features, label in bags:
-            if isinstance(label, Sequence) or getattr(label, "ndim", 0):
+            if np.ndim(label):
                 raise ValueError("a bank of references takes slides of one class each, not a multilabel target")
             if label == 0:
                 negative.append(self.standardised(features))

@@ -102,16 +102,17 @@ def plain_errors() -> None:
 
     For the first line of a script and the ``initialize`` of a bundle. A known kind becomes its sentence (exit status
     1); what nobody expected one line and the path of a file with the traceback (1); Ctrl-C one line (130).
-    ``CYTOSSL_TRACEBACK=1`` shows the traceback as well. Calling it again changes nothing.
+    ``CYTOSSL_TRACEBACK=1`` shows the traceback as well. Calling it again looks after
+    handlers that were set up since.
     """
     global _before
+    write_above_bars()  # again as well: a bundle's logging.conf may have come in between
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_tells_something_new)
     if sys.excepthook is _hook:
         return
     _before = sys.excepthook
     sys.excepthook = _hook
-    write_above_bars()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_tells_something_new)
 
 
 def _tells_something_new(record: logging.LogRecord) -> bool:

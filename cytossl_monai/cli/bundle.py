@@ -17,21 +17,18 @@ from typing import Any
 from cytossl_monai.utils.program import plain_errors
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for what MONAI says of every overlay: that it lies elsewhere than the configuration it is laid over."""
-    return not record.getMessage().startswith("Not all config files are in ")
-
-
 def main() -> None:
     """Look at the configuration files, and hand the command line to MONAI."""
     plain_errors()
     import monai.bundle.scripts  # noqa: F401 - it sets the level of its loggers when it is imported
 
+    from cytossl_monai.engines.bundle import plain_voice
+
     for name in ("monai.bundle.scripts", "monai.bundle.workflows"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("monai.bundle.workflows").addFilter(_is_news)
     _read_files(sys.argv[1:])
-    runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+    with plain_voice():
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 
 
 def _read_files(words: Sequence[str]) -> None:

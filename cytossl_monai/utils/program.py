@@ -102,11 +102,11 @@ def plain_errors() -> None:
 
     For the first line of a script and the ``initialize`` of a bundle. A known kind becomes its sentence (exit status
     1); what nobody expected one line and the path of a file with the traceback (1); Ctrl-C one line (130).
-    ``CYTOSSL_TRACEBACK=1`` shows the traceback as well. Calling it again looks after
-    handlers that were set up since.
+    ``CYTOSSL_TRACEBACK=1`` shows the traceback as well. Called again, it looks after the log
+    handlers that were set up since: those of a bundle's ``logging.conf``.
     """
     global _before
-    write_above_bars()  # again as well: a bundle's logging.conf may have come in between
+    write_above_bars()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_tells_something_new)
     if sys.excepthook is _hook:

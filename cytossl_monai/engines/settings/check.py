@@ -334,10 +334,9 @@ def _check_parts(config: Mapping[str, Any], defined: Mapping[str, Any]) -> None:
     for place in places:
         own, value = part(defined, "::".join(place)), part(config, "::".join(place))
         needed = place[-1] in _PARTS and ConfigComponent.is_instantiable(own) and "_disabled_" not in own
-        made = not (
-            value is None or isinstance(value, (str, int, float, list, tuple, Mapping))
-        )  # handed over in Python
-        if needed and value is not ABSENT and not made and _is_plain(value):
+        # Of plain types: Python may hand over a component that is made already.
+        written = value is None or isinstance(value, (str, int, float, list, tuple, Mapping))
+        if needed and written and _is_plain(value):
             raise SettingError(
                 f"setting {'#'.join(place)} must be a component with a _target_; it is {_short(value)}. Leave it out "
                 f"for {own['_target_']}, or give one with its arguments"

@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tiles, valid = (synthetic_tiles(), None) if args.cells is None else cell_tiles(args.cells)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(tiles)))
+    order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(tiles)))  # seeds differ in tiles as well
     held_out, train = tiles[order[: len(tiles) // 4]], tiles[order[len(tiles) // 4 :]]
     real = None if valid is None else valid[order[len(tiles) // 4 :]]
     if valid is not None:  # measured are tiles that are real all over what is measured

@@ -2,9 +2,11 @@
 
     python scripts/study/ablation.py --config configs/study/ablation.yaml --data DATA --output out/ablation
 
-Start the same command again after an interruption: runs that are done are not done again, one that was killed goes on
-from its last checkpoint. On many machines, each does a shard of the runs (--shard 3/8). Writes ablation.csv,
-ablation.md and ablation.png, anew after every run.
+Every run is done with each of the study's seeds, in ``<output>/seed<n>/<method>/<arm>``, seed by seed, so that a study
+that is stopped has whole pairs. Start the same command again after an interruption: runs that are done are not done
+again, one that was killed goes on from its last checkpoint. On many machines, each does a shard of the runs
+(--shard 3/8). Writes ablation.csv, ablation.md and ablation.png, anew after every run: means over the seeds, and gains
+paired over them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -31,6 +34,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", help="default: all of the study")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of those of the study; default: all")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the bundle, over the study's")
     parser.add_argument("--shard", help="i/n: only these runs, and no tables; default: as an array job says, else all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the evaluation")
@@ -43,19 +47,28 @@ def main() -> None:
             parser.error(f"--set takes KEY=VALUE, not {pair!r}")
         extra[key] = yaml.safe_load(value)
     try:
-        study = AblationStudy(read_study(args.config), args.data, args.output, ROOT, extra)
-        rows = []
+        content = read_study(args.config)
+        seeds = [seed for seed in content["seeds"] if args.seeds is None or seed in args.seeds]
+        if not seeds:
+            raise InputError(f"none of the seeds {args.seeds} is one of {args.config}, which has {content['seeds']}")
         part = choose_shard(args.shard)
-        runs = part.select(study.runs(args.methods, args.arms), lambda run: run.name)
-        for run in runs:
-            rows += study.rows([run.method], [run.arm], args.device)
+        rows: list[dict[str, Any]] = []
+        number = 0
+        for seed in seeds:
+            folder = args.output / f"seed{seed}"
+            study = AblationStudy(content, args.data, folder, ROOT, {**extra, "seed": seed})
+            runs = part.select(study.runs(args.methods, args.arms), lambda run: f"seed{seed}/{run.name}")  # noqa: B023
+            number += len(runs)
+            for run in runs:
+                rows += [{**row, "seed": seed} for row in study.rows([run.method], [run.arm], args.device)]
+                if part.count == 1:
+                    write_table(rows, args.output)
             if part.count == 1:
+                rows += [{**row, "seed": seed} for row in study.untrained_rows(runs, args.device)]
                 write_table(rows, args.output)
         if part.count > 1:
-            print(f"ablation: {len(runs)} runs of shard {part} are done; run once more with --shard 1/1 for the tables")
+            print(f"ablation: {number} runs of shard {part} are done; run once more with --shard 1/1 for the tables")
             return
-        rows += study.untrained_rows(runs, args.device)
-        write_table(rows, args.output)
     except InputError as error:
         raise SystemExit(f"ablation: {error}") from error
     print(markdown_table(rows))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scipy import stats
 from ssl_standins import Dots
 
 from cytossl_monai.engines.study import ablation
@@ -156,6 +157,29 @@ def test_table_holds_every_figure(tmp_path: Path) -> None:
     assert np.asarray(Image.open(picture).convert("L")).std() > 5
 
 
+def test_the_table_of_several_seeds_pairs_them(tmp_path: Path) -> None:
+    gains = [0.02, 0.03, 0.01]
+    rows = []
+    for seed, gain in enumerate(gains):
+        for arm, value in (("plain", 0.4 + 0.05 * seed), ("ncp", 0.4 + 0.05 * seed + gain)):
+            figures = dict.fromkeys(FIGURES, value) | {f"{name}_folds": [value] * 5 for name in FIGURES}
+            rows.append(
+                {"method": "simclr", "arm": arm, "task": "cells", "seed": seed, "images_per_s": 10.0, **figures}
+            )
+    lines = markdown_table(rows).splitlines()
+    wanted = stats.ttest_1samp([0.4, 0.45, 0.5], 0).confidence_interval(0.95)
+    assert lines[2].startswith(f"| simclr | plain | 0.450 ({wanted.low:.3f} to {wanted.high:.3f}) |")
+    wanted = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    assert lines[5] == "Less the plain arm, paired over the seeds:"
+    assert lines[-1].startswith(f"| simclr | +NCP | +0.020 ({wanted.low:+.3f} to {wanted.high:+.3f}) |")
+    # A study that was stopped within its second seed says which gain has no interval, and draws.
+    table, markdown, _ = write_table(rows[:3], tmp_path)
+    assert "+0.020 (one pair: no interval)" in markdown.read_text()
+    assert "| simclr | +NCP | 0.420 (one seed) |" in markdown.read_text()
+    with open(table, newline="") as stream:
+        assert [row["seed"] for row in csv.DictReader(stream)] == ["0", "0", "1"]
+
+
 def test_tasks_keep_scale_and_neighbours(tmp_path: Path, data: Path) -> None:
     task = labelled_task("cells", data / "cells", size=12, mpp=0.25, field=24, n_folds=3)
     assert task.images.shape == (30, 3, 12, 12)
@@ -205,7 +229,7 @@ def test_shards_share_the_runs_and_write_no_table(
     done: list[str] = []
 
     def rows(self: AblationStudy, methods: list[str], arms: list[str], device: str) -> list[dict[str, Any]]:
-        done.extend(f"{method}/{arm}" for method in methods for arm in arms)
+        done.extend(f"{self.output.name}/{method}/{arm}" for method in methods for arm in arms)
         return []
 
     monkeypatch.setattr(AblationStudy, "rows", rows)
@@ -217,8 +241,12 @@ def test_shards_share_the_runs_and_write_no_table(
         monkeypatch.setattr(sys, "argv", [*words, shard])
         main()
     config = read_study(repo_root_path / "configs/study/ablation.yaml")
-    assert sorted(done) == sorted(run.name for run in AblationStudy(config, data, tmp_path, repo_root_path).runs())
+    runs = AblationStudy(config, data, tmp_path, repo_root_path).runs()
+    assert sorted(done) == sorted(f"seed{seed}/{run.name}" for seed in config["seeds"] for run in runs)
     assert not list(tmp_path.rglob("ablation.*"))
     monkeypatch.setattr(sys, "argv", [*words, "4/3"])
     with pytest.raises(SystemExit, match="shard 4/3 does not exist"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*words, "1/1", "--seeds", "7"])
+    with pytest.raises(SystemExit, match=r"none of the seeds \[7\] is one of .*ablation.yaml, which has \[0, 1, 2\]"):
         main()

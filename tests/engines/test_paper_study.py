@@ -22,8 +22,9 @@ from cytossl_monai.data.bags.features import read_features, write_features
 from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.engines.mil.cross_validate import CrossValidation
 from cytossl_monai.engines.study import paper_slides
-from cytossl_monai.engines.study.paper import PaperStudy, paired_over_seeds, paper_table, read_paper_study
+from cytossl_monai.engines.study.paper import PaperStudy, paper_table, read_paper_study
 from cytossl_monai.engines.study.paper_slides import SlideRow, SlideStudy, paired_over_seeds_and_patients, slide_table
+from cytossl_monai.engines.study.seeds import paired_over_seeds
 from cytossl_monai.metrics.bootstrap import bootstrap_intervals
 from cytossl_monai.utils.errors import InputError
 

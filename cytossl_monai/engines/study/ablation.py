@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ARMS = {"plain": (False, False), "ncp": (True, False), "sr": (False, True), "both": (True, True)}
 """Name of an arm -> (NCP, SR)."""
-_KEYS = {"bundle", "overlays", "settings", "switches", "methods", "tasks"}
+_KEYS = {"bundle", "overlays", "settings", "seeds", "switches", "methods", "tasks"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class AblationStudy:
 
     Args:
         study: what ``read_study`` gives. ``bundle``, ``overlays``: configurations of all runs, relative to ``root``.
-            ``settings``: keys of the bundle, for all runs. ``switches``: ``{"ncp": {"off": settings, "on": settings},
+            ``settings``: keys of the bundle, for all runs, ``seed`` too; ``seeds`` are for who makes one study of
+            each. ``switches``: ``{"ncp": {"off": settings, "on": settings},
             "sr": ...}``. ``methods``: ``{name: {"overlays": [...], "settings": {...}, "switches": {...}}}``, the last
             where NCP or SR mean something of their own to a method. ``tasks``: arguments of ``labelled_task`` by name,
             with ``source`` relative to ``data``.
@@ -233,7 +234,7 @@ class AblationStudy:
             if run is None:
                 continue
             saved = read_torch(self.folder(run) / "models" / "model.pt", "an encoder")
-            torch.manual_seed(0)
+            torch.manual_seed(int(run.settings.get("seed", 0)))
             rows += self._probe(build_encoder(saved), {"method": "random weights", "arm": arm, "steps": 0}, device)
         return rows
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from cytossl_monai.engines.study.ablation import AblationRun, AblationStudy
 from cytossl_monai.engines.study.representation import FIGURES
+from cytossl_monai.engines.study.seeds import paired_over_seeds
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import read_yaml
 
-__all__ = ["PaperStudy", "paired_over_seeds", "paper_table", "read_paper_study"]
+__all__ = ["PaperStudy", "paper_table", "read_paper_study"]
 
 _KEYS = {"bundle", "overlays", "settings", "scales", "seeds", "arms", "tables", "tasks"}
 
@@ -93,33 +93,6 @@ class PaperStudy(AblationStudy):
         scaled = self.study["scale_arms"].get(name) or {}
         settings = {**self.study["settings"], **(own.get("settings") or {}), **scaled, "seed": seed}
         return AblationRun(name, f"seed{seed}", tuple(map(str, files)), {**settings, **self.extra})
-
-
-def paired_over_seeds(
-    rows: Sequence[Mapping[str, Any]], arm: str, base: str, task: str, figure: str, level: float = 0.95
-) -> tuple[float, float, float, int]:
-    """How much an arm gains over another, paired over the seeds that both have.
-
-    Args:
-        rows: of :meth:`AblationStudy.evaluate`.
-        arm: the one.
-        base: the other.
-        task: of both.
-        figure: of both.
-        level: of the interval, Student's t over the seeds.
-
-    Returns:
-        mean difference, low, high (NaN for a single pair, of which no interval can be known), and the number of pairs.
-    """
-    value = {(r["method"], r["arm"]): float(r[figure]) for r in rows if r["task"] == task}
-    seeds = sorted({seed for method, seed in value if method == arm} & {s for m, s in value if m == base})
-    gains = np.array([value[arm, seed] - value[base, seed] for seed in seeds])
-    if not len(gains):
-        return float("nan"), float("nan"), float("nan"), 0
-    if len(gains) == 1:
-        return float(gains[0]), float("nan"), float("nan"), 1
-    half = float(stats.t.ppf(0.5 + level / 2, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains)))
-    return float(gains.mean()), float(gains.mean() - half), float(gains.mean() + half), len(gains)
 
 
 def paper_table(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -51,7 +51,7 @@ from .nets.sr_presets import (
     vit_small as vit_small,
 )
 from .nets.sr_transformer import SRTransformer as SRTransformer
-from .open import open_encoder as open_encoder
+from .open import continued_encoder as continued_encoder, open_encoder as open_encoder
 from .weights import load_vit_weights as load_vit_weights
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "bundle_network",
     "card_encoder",
     "card_network",
+    "continued_encoder",
     "efficientnet_lite0",
     "load_classifier",
     "load_encoder",

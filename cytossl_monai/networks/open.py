@@ -17,7 +17,7 @@ from cytossl_monai.networks.nets.program import CallableNetwork, ProgramNetwork,
 from cytossl_monai.networks.weight_files import HUB
 from cytossl_monai.utils.errors import CheckpointError
 
-__all__ = ["check_made_by", "open_encoder"]
+__all__ = ["check_made_by", "continued_encoder", "open_encoder"]
 
 
 def open_encoder(
@@ -43,6 +43,37 @@ def open_encoder(
     opened, meta = _open(encoder, weights, device)
     opened.meta = meta
     return opened, meta
+
+
+def continued_encoder(start_from: str | os.PathLike[str] | None) -> Encoder:
+    """An encoder of this package to train on from: its network, weights, normalisation, pooling and input size.
+
+    What was frozen when it was trained (`frozen` of `efficientnet_lite0`) is frozen again. Its ``meta`` carries name
+    and licence, which the file of the new run repeats.
+
+    Args:
+        start_from: a file that `save_encoder` wrote, such as ``models/model.pt`` of a run or the encoder that ships.
+
+    Raises:
+        CheckpointError: where none is given, the file is missing or damaged, or is none whose weights can be trained.
+    """
+    if start_from is None:
+        raise CheckpointError(
+            "start_from is not set: give the encoder to train on from (--start_from models/model.pt), or leave "
+            "configs/backbone/encoder_file.yaml out to start from nothing."
+        )
+    if Path(start_from).suffix.lower() in (".yaml", ".yml"):
+        raise CheckpointError(
+            f"{start_from} is a card: lay configs/backbone/encoder_card.yaml over train.json in place of "
+            "encoder_file.yaml, and give --card and --weights."
+        )
+    encoder, _ = open_encoder(start_from)
+    if isinstance(encoder.network, ProgramNetwork | CallableNetwork):
+        raise CheckpointError(
+            f"{start_from} can be applied but not trained on: its layers are not this package's. Give a model.pt that "
+            "pretraining wrote."
+        )
+    return encoder
 
 
 def check_made_by(

@@ -10,12 +10,14 @@ import torch
 import yaml
 from monai.bundle import ConfigParser
 
+from cytossl_monai.networks import continued_encoder, efficientnet_lite0, load_encoder
 from cytossl_monai.networks.blocks.stem import ConvolutionalStem
 from cytossl_monai.networks.nets.efficientnet_lite import EfficientNetLite
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.resnet import ResNetFeatures, SmallResNet
 from cytossl_monai.networks.nets.sr_presets import sr_vit_tiny
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
+from cytossl_monai.utils.errors import CheckpointError
 
 TRANSFORMER_WIDTHS = {
     "sr_vit_tiny": 192,
@@ -43,6 +45,7 @@ def test_every_overlay_is_tested(repo_root: Path) -> None:
         *WIDTHS,
         "published_vit",
         "encoder_card",
+        "encoder_file",
         "lora",
     }
 
@@ -143,6 +146,31 @@ def test_every_key_is_used_and_alternatives_are_keys(name: str, repo_root: Path)
     assert set(content) - bundle_keys <= used
     for line in re.findall(r"^# (?:patch8|glass): (.+)$", text, re.MULTILINE):
         assert set(yaml.safe_load(line)) <= set(content)
+
+
+def test_the_encoder_that_ships_is_trained_on(repo_root: Path) -> None:
+    shipped = repo_root / "bundles" / "cytossl_pretrain" / "models" / "lite0_cells.pt"
+    encoder = laid_over(repo_root, "encoder_file", start_from=str(shipped)).get_parsed_content("encoder")
+    same, meta = load_encoder(shipped)
+    assert encoder.hash == same.hash
+    assert encoder.meta["license"] == meta["license"]
+    fresh = efficientnet_lite0(frozen=3)
+    assert {name for name, p in encoder.network.named_parameters() if p.requires_grad} == {
+        name for name, p in fresh.named_parameters() if p.requires_grad
+    }
+
+
+def test_what_cannot_be_trained_on_is_named(repo_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="start_from is not set: give the encoder"):
+        continued_encoder(None)
+    with pytest.raises(CheckpointError, match=r"crown.yaml is a card: lay configs/backbone/encoder_card.yaml"):
+        continued_encoder(repo_root / "configs" / "encoders" / "crown.yaml")
+    with pytest.raises(CheckpointError, match=r"gone.pt"):
+        continued_encoder(tmp_path / "gone.pt")
+    program = torch.jit.trace(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)), torch.rand(1, 3, 4, 4))
+    torch.jit.save(program, tmp_path / "program.pt")
+    with pytest.raises(CheckpointError, match=r"program.pt can be applied but not trained on"):
+        continued_encoder(tmp_path / "program.pt")
 
 
 def test_moco_v3_takes_the_resnet(repo_root: Path) -> None:

@@ -3,8 +3,9 @@
     python scripts/bench/engine.py --snakemake .cluster/bin/snakemake --chunks 1 16 64
 
 The workflow is run with `true` in the place of Python: every job starts and ends at once, so that what is left is
-Snakemake's own: reading the workflow, working out what is to be done, a shell for each job, logs and marks. CPU time
-of it and its jobs, and wall time, which depends on what else the machine does. Two runs with other numbers of chunks tell a start from a job; a chunk has three jobs.
+Snakemake's own: reading the workflow, working out what is to be done, a shell for each job, logs and marks. CPU time of
+it and its jobs, and wall time, which depends on what else the machine does. Two runs with other numbers of chunks tell
+a start from a job; a chunk has three jobs.
 """
 
 from __future__ import annotations

@@ -87,6 +87,8 @@ def lesion_fields(fields: pd.DataFrame, truth: pd.DataFrame) -> np.ndarray:
 
 def crops_of(fields: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
     """(N,) crop in whose box each field is centred: a lesion's before another's, then the nearest; "" outside all."""
+    if truth.empty:  # a slide of glass and debris
+        return [""] * len(fields)
     x = (fields["x"] + fields["size"] / 2).to_numpy()[:, None] - truth["x"].to_numpy()[None]
     y = (fields["y"] + fields["size"] / 2).to_numpy()[:, None] - truth["y"].to_numpy()[None]
     width, height = truth["w"].to_numpy()[None], truth["h"].to_numpy()[None]

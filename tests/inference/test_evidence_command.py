@@ -44,6 +44,8 @@ def test_a_field_belongs_to_the_lesion_it_is_centred_in_or_to_the_nearest_cell(c
     assert command.crops_of(fields, truth) == wanted
     assert 0 < wanted.count("") < len(wanted)
     assert [name.startswith("hsil") for name in wanted] == command.lesion_fields(fields, truth).tolist()
+    assert set(command.crops_of(fields, truth[:0])) == {""}  # a slide without cells
+    assert not command.lesion_fields(fields, truth[:0]).any()
 
 
 def test_crops_known_by_heart_are_worth_nothing_once_they_are_held_out(

@@ -1,4 +1,4 @@
-"""The ensemble that ships, measured by nested folds, against a naive loop."""
+"""The ensemble that ships, measured by nested folds, and repeated folds, each against a naive loop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from mil_toy import make_cohort
+from sklearn.metrics import roc_auc_score
 
 from cytossl_monai.data import bag_items, read_features, split_items
-from cytossl_monai.engines.mil import cross_validate as module
-from cytossl_monai.networks.files import save_classifier
+from cytossl_monai.engines.mil import folds as module
+from cytossl_monai.engines.mil.cross_validate import cross_validate
+from cytossl_monai.networks.files import load_classifier, save_classifier
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.utils.errors import TableError
@@ -42,7 +44,7 @@ def test_ensembles_by_nested_folds(tmp_path: Path, repo_root: Path, monkeypatch:
     table, config = make_cohort(tmp_path, n=20), repo_root / "bundles/cytossl_mil/configs/train.json"
     arguments = (config, table, tmp_path / "features", tmp_path / "out")
     settings = {"n_folds": 4, "num_workers": 0, "n_resamples": 20}
-    result = module.cross_validate(*arguments, **settings, nested=True)
+    result = cross_validate(*arguments, **settings, nested=True)
     told = pd.read_csv(tmp_path / "out" / "nested" / "predictions.csv").set_index("slide_id")
     assert result.nested is not None
     assert result.nested.keys() == result.intervals.keys()
@@ -67,8 +69,52 @@ def test_ensembles_by_nested_folds(tmp_path: Path, repo_root: Path, monkeypatch:
     models = sorted((tmp_path / "out").glob("nested/fold_*/fold_*/model.pt"))
     assert len(models) == 12
     before = [path.stat().st_mtime_ns for path in models]
-    module.cross_validate(*arguments, **settings, nested=True)
+    cross_validate(*arguments, **settings, nested=True)
     assert [path.stat().st_mtime_ns for path in models] == before
-    assert module.cross_validate(*arguments, **settings).nested is None
+    assert cross_validate(*arguments, **settings).nested is None
     with pytest.raises(TableError, match="nested folds need at least 4 folds"):
-        module.cross_validate(*arguments, **{**settings, "n_folds": 3}, nested=True)
+        cross_validate(*arguments, **{**settings, "n_folds": 3}, nested=True)
+
+
+def test_repeats_average_classifiers_that_never_saw_the_slide(
+    tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("ignite").setLevel(logging.WARNING)
+    monkeypatch.setattr(module, "run_training", fake_training)
+    table, config = make_cohort(tmp_path, n=20), repo_root / "bundles/cytossl_mil/configs/train.json"
+    features, settings = tmp_path / "features", {"n_folds": 3, "num_workers": 0, "n_resamples": 20}
+    single = [cross_validate(config, table, features, tmp_path / f"{s}", **settings, seed=s) for s in (5, 6, 7)]
+    assert not np.array_equal(single[0].folds, single[1].folds)
+    assert not (tmp_path / "5" / "repeats.csv").exists()
+    out = tmp_path / "out"
+    result = cross_validate(config, table, features, out, **settings, seed=5, repeats=3)
+    np.testing.assert_allclose(result.probabilities, np.mean([one.probabilities for one in single], 0), atol=1e-12)
+
+    figures = pd.read_csv(out / "repeats.csv")
+    aucs = [roc_auc_score(one.labels, one.probabilities[:, 1]) for one in single]
+    assert figures["seed"].tolist() == [5, 6, 7]
+    np.testing.assert_allclose(figures["auc"], aucs, atol=1e-6)
+    told = f"20 slides, 3 folds x 3: out-of-fold AUC {result.intervals['auc']}; single repeats {min(aucs):.3f} to"
+    assert told in capsys.readouterr().out
+
+    # All of them ship: the mean of nine classifiers' probabilities.
+    bag = torch.as_tensor(read_features(features / f"{result.slides[0]}.h5").features)[None]
+    members = [load_classifier(path) for path in sorted(out.rglob("fold_*/model.pt"))]
+    assert len(members) == 9
+    with torch.no_grad():
+        each = [(m.network(bag).logits / m.temperature).softmax(-1)[0, 1] for m in members]
+        whole = load_classifier(result.ensemble).network(bag).logits.softmax(-1)[0, 1]
+    assert float(whole) == pytest.approx(float(np.mean(each)), abs=1e-5)
+
+    # Repeats are added to what is there, and one that is lost is made again.
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("fold_*/model.pt")}
+    (out / "repeat_2" / "fold_1" / "fold.json").unlink()
+    cross_validate(config, table, features, out, **settings, seed=5, repeats=4)
+    changed = {path for path, time in kept.items() if path.stat().st_mtime_ns != time}
+    assert changed == {out / "repeat_2" / "fold_1" / "model.pt"}
+    assert len(list(out.rglob("fold_*/model.pt"))) == 12
+    # Without them it is as if they had never been.
+    assert np.array_equal(
+        cross_validate(config, table, features, out, **settings, seed=5).probabilities, single[0].probabilities
+    )
+    assert not (out / "repeats.csv").exists()

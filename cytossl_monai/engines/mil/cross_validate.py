@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -12,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cytossl_monai.data.bags.items import bag_encoder, bag_items
 from cytossl_monai.data.bags.splits import fold_numbers
 from cytossl_monai.data.slide_table import read_slide_table
-from cytossl_monai.engines.bundle import run_training, training_files
+from cytossl_monai.engines.bundle import training_files
 from cytossl_monai.engines.mil.evaluation import write_evaluation
+from cytossl_monai.engines.mil.folds import FoldRun, finished, fold_stamp, run_fold
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.bootstrap import Interval
+from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.build import network_config
 from cytossl_monai.networks.files import load_classifier, save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
 from cytossl_monai.networks.open import check_made_by
-from cytossl_monai.utils.errors import CheckpointError, InputError, RunError, TableError, plain_cause
-from cytossl_monai.utils.files import file_fingerprint, require_writable, sha256_file, write_json
+from cytossl_monai.utils.errors import InputError, RunError, TableError
+from cytossl_monai.utils.files import atomic_path, require_writable, write_json
 from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
 
@@ -64,63 +65,6 @@ class CrossValidation:
     nested: dict[str, Interval] | None = None
 
 
-@dataclass(frozen=True)
-class _Fold:
-    number: int
-    files: tuple[str, ...]
-    overrides: dict[str, Any]
-    data: dict[str, Any]
-    folder: str
-    held_out: tuple[dict[str, Any], ...]
-    stamp: str
-
-
-def _run_fold(fold: _Fold) -> int:
-    folder = Path(fold.folder)
-    model = folder / "model.pt"
-    (folder / "fold.json").unlink(missing_ok=True)  # what it tells is no longer that of the model
-    try:
-        run_training(fold.files, fold.overrides, {**fold.data, "output_dir": str(folder), "model_path": str(model)})
-    except Exception as error:  # noqa: BLE001 - raised again, unwrapped
-        raise plain_cause(error) from None  # MONAI wraps it, and a process hands on the outermost alone
-    classifier = load_classifier(model)
-    probabilities, logits = predict_items(classifier, fold.held_out)
-    # Written last: a fold with this file is whole.
-    write_json(
-        folder / "fold.json",
-        {
-            "stamp": fold.stamp,
-            "model": sha256_file(model),
-            "fold": fold.number,
-            "slides": [item["slide_id"] for item in fold.held_out],
-            "probabilities": probabilities.astype(float).tolist(),
-            "logits": logits.double().tolist(),
-            "temperature": float(classifier.temperature),
-            "bias": classifier.bias.tolist(),
-            "validation": classifier.meta.get("validation"),
-        },
-    )
-    return fold.number
-
-
-def _finished(fold: _Fold) -> dict[str, Any] | None:
-    """What a fold left, when it was finished with the same data and settings; None otherwise."""
-    path, model = Path(fold.folder) / "fold.json", Path(fold.folder) / "model.pt"
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        load_classifier(model)
-        if content["stamp"] != fold.stamp:
-            return None
-        if content["model"] != sha256_file(model):
-            raise CheckpointError(f"{model} is not the model that {path} tells of")
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("fold %d is done again: %s", fold.number, error)
-        return None
-    return dict(content)
-
-
 def cross_validate(
     config: str | os.PathLike[str],
     slides: str | os.PathLike[str],
@@ -137,6 +81,7 @@ def cross_validate(
     encoder: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     nested: bool = False,
+    repeats: int = 1,
 ) -> CrossValidation:
     """Train k classifiers, each without one fold of the patients, and judge each slide by the one that never saw it.
 
@@ -146,10 +91,16 @@ def cross_validate(
     Writes to ``output_dir``: ``fold_<i>/`` (model, log, predictions), ``predictions.csv`` (pooled, out of fold),
     ``metrics.json``, ``roc.png``, ``confusion_matrix.png``, and ``model.pt``: the folds' ensemble, for inference.
 
-    These figures are those of single classifiers; the ensemble has seen every slide. With ``nested`` ensembles are
-    measured too: for each fold the others are cross-validated by themselves, and the ensemble of these k - 1
-    classifiers judges the fold, which none of them has seen. That trains k (k - 1) classifiers more, and writes the
-    same files to ``nested/``. The ensemble that ships has one member more, and each of them a fold more to learn from.
+    With ``repeats``, all of it is done so many times, with seeds ``seed``, ``seed + 1`` and on: other folds (unless the
+    table gives them), other weights to start from. A slide's probability is then the mean of those of its classifiers,
+    one a repeat, none of which saw it. Tens of slides want it: single repeats differ, and ``repeats.csv`` says by how
+    much. Further repeats write to ``repeat_<r>/``.
+
+    These figures are those of single classifiers (of as many as there are repeats); the ensemble has seen every slide.
+    With ``nested`` ensembles are measured too: for each fold (of the first repeat) the others are cross-validated by
+    themselves, and the ensemble of these k - 1 classifiers (a repeat) judges the fold, which none of them has seen.
+    That trains k (k - 1) classifiers more a repeat, and writes the same files to ``nested/``. The ensemble that ships
+    has more members, and each of them a fold more to learn from.
 
     Args:
         config: the bundle's ``train.json``.
@@ -167,6 +118,7 @@ def cross_validate(
         encoder: the encoder that the features must come from, see `open_encoder`; None takes any.
         weights: its weights, where it is a card.
         nested: measure ensembles by nested folds; needs four folds or more.
+        repeats: how many times all of it is done, at least 1.
 
     Returns:
         figures and predictions.
@@ -186,32 +138,33 @@ def cross_validate(
     made_by = bag_encoder(items)
     if encoder is not None:
         check_made_by(made_by, encoder, weights)
-    folds = fold_numbers(items, n_folds, seed)
-    numbers = sorted(set(folds.tolist()))
-    if len(numbers) < 3:
-        raise TableError(f"cross-validation needs at least 3 folds (test, validation, training), got {len(numbers)}")
-    if nested and len(numbers) < 4:
-        raise TableError(f"nested folds need at least 4 folds, three of them for each ensemble; got {len(numbers)}")
-    settings = dict(overrides or {})
-    data = {"target": target, "classes": items[0]["classes"], "n_folds": n_folds, "seed": seed}
-    stamp = _stamp(files, {**settings, **data}, items, folds)
-    data |= {"slides": str(Path(slides).resolve()), "features_dir": str(Path(features_dir).resolve())}
-    data["bundle_root"] = str(Path(config).resolve().parents[1])
-    jobs = []
-    for place, number in enumerate(numbers):
-        following = numbers[(place + 1) % len(numbers)]
-        held_out = tuple(item for item, fold in zip(items, folds) if fold == number)
-        jobs.append(
-            _Fold(
-                number,
-                files,
-                settings,
-                {**data, "fold": following, "test_fold": number},
-                str((output_dir / f"fold_{number}").resolve()),
-                held_out,
-                stamp,
+    data = {"target": target, "classes": items[0]["classes"], "n_folds": n_folds}
+    places = {"slides": str(Path(slides).resolve()), "features_dir": str(Path(features_dir).resolve())}
+    places["bundle_root"] = str(Path(config).resolve().parents[1])
+    jobs, folds_of = [], []
+    for repeat in range(repeats):
+        own = {**data, "seed": seed + repeat}
+        folds = fold_numbers(items, n_folds, seed + repeat)
+        folds_of.append(folds)
+        numbers = sorted(set(folds.tolist()))
+        _check_number(len(numbers), nested)
+        stamp = fold_stamp(files, {**dict(overrides or {}), **own}, items, folds)
+        folder = output_dir / f"repeat_{repeat}" if repeat else output_dir
+        for place, number in enumerate(numbers):
+            following = numbers[(place + 1) % len(numbers)]
+            jobs.append(
+                FoldRun(
+                    number,
+                    repeat,
+                    files,
+                    dict(overrides or {}),
+                    {**own, **places, "fold": following, "test_fold": number},
+                    str((folder / f"fold_{number}").resolve()),
+                    tuple(item for item, fold in zip(items, folds) if fold == number),
+                    stamp,
+                )
             )
-        )
+    folds = folds_of[0]
     with folder_lock(output_dir, "cross-validation"):
         result = _train_and_judge(jobs, items, folds, made_by, output_dir, target, n_resamples, seed, num_workers)
         if not nested:
@@ -224,6 +177,7 @@ def cross_validate(
             "overrides": overrides,
             "num_workers": num_workers,
             "n_resamples": 1,
+            "repeats": repeats,
         }
         judged = _nested_probabilities(config, slides, features_dir, output_dir / "nested", items, folds, inner)
         figures = write_evaluation(
@@ -239,6 +193,13 @@ def cross_validate(
         )
         print(f"ensembles, by nested folds: AUC {figures['auc']}")
         return replace(result, nested=figures)
+
+
+def _check_number(n_folds: int, nested: bool) -> None:
+    if n_folds < 3:
+        raise TableError(f"cross-validation needs at least 3 folds (test, validation, training), got {n_folds}")
+    if nested and n_folds < 4:
+        raise TableError(f"nested folds need at least 4 folds, three of them for each ensemble; got {n_folds}")
 
 
 def _nested_probabilities(
@@ -277,7 +238,7 @@ def _nested_probabilities(
 
 
 def _train_and_judge(
-    jobs: Sequence[_Fold],
+    jobs: Sequence[FoldRun],
     items: Sequence[dict[str, Any]],
     folds: np.ndarray,
     made_by: Mapping[str, Any],
@@ -288,29 +249,30 @@ def _train_and_judge(
     num_workers: int | None,
 ) -> CrossValidation:
     """Train the folds that are not finished, pool what they predict, and write figures and ensemble."""
-    done = {job.number: _finished(job) for job in jobs}
-    waiting = [job for job in jobs if done[job.number] is None]
+    waiting = [job for job in jobs if finished(job) is None]
     if len(waiting) < len(jobs):
         logger.info("%d of %d folds are finished already", len(jobs) - len(waiting), len(jobs))
     workers = (1 if torch.cuda.is_available() else default_workers()) if num_workers is None else num_workers
     failures = [
-        outcome for outcome in run_parallel(_run_fold, waiting, workers, title="folds") if outcome.error is not None
+        outcome for outcome in run_parallel(run_fold, waiting, workers, title="folds") if outcome.error is not None
     ]
     if failures:
         inputs = [f.error for f in failures if isinstance(f.error, InputError)]
         if len(inputs) == len(jobs):  # the same input fails them all
             raise inputs[0]
-        reasons = "; ".join(f"fold {f.item.number}: {f.error}" for f in failures)
+        reasons = "; ".join(f"{f.item}: {f.error}" for f in failures)
         raise RunError(
             f"{len(failures)} of {len(jobs)} folds failed ({reasons}); the others are kept, start again to do those "
             "alone"
         )
-    results = [_finished(job) for job in jobs]
     place_of = {item["slide_id"]: i for i, item in enumerate(items)}
-    probabilities = np.zeros((len(items), len(items[0]["classes"])))
-    for result in results:
+    n_repeats = 1 + max(job.repeat for job in jobs)
+    each = np.zeros((n_repeats, len(items), len(items[0]["classes"])))
+    for job in jobs:
+        result = finished(job)
         assert result is not None, "a fold that did not fail has left its result"
-        probabilities[[place_of[s] for s in result["slides"]]] = result["probabilities"]
+        each[job.repeat, [place_of[s] for s in result["slides"]]] = result["probabilities"]
+    probabilities = each.mean(axis=0)
     labels = np.array([item["label"] for item in items])
     names = [item["slide_id"] for item in items]
     intervals = write_evaluation(
@@ -340,20 +302,19 @@ def _train_and_judge(
     )
     logger.info("ensemble of %s", [network_config(m.network)["_target_"] for m in members[:1]])
     path = save_classifier(output_dir / "model.pt", ensemble)
-    print(f"{len(items)} slides, {len(jobs)} folds: out-of-fold AUC {auc}")
+    spread = _write_repeats(output_dir / "repeats.csv", each, labels, target, seed)
+    done = f"{len(set(folds.tolist()))} folds{f' x {n_repeats}' if n_repeats > 1 else ''}"
+    print(f"{len(items)} slides, {done}: out-of-fold AUC {auc}{spread}")
     return CrossValidation(intervals, probabilities, labels, names, folds, path)
 
 
-def _stamp(
-    files: Sequence[str], settings: Mapping[str, Any], items: Sequence[dict[str, Any]], folds: np.ndarray
-) -> str:
-    """Digest of all that a fold's result depends on."""
-    content = {
-        "files": [file_fingerprint(path) for path in files],
-        "settings": dict(settings),
-        "items": [
-            [i["slide_id"], i["patient_id"], np.asarray(i["label"]).tolist(), file_fingerprint(i["features"]), int(f)]
-            for i, f in zip(items, folds)
-        ],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _write_repeats(path: Path, each: np.ndarray, labels: np.ndarray, target: str, seed: int) -> str:
+    """Write the figures of every repeat, (R, n, C) probabilities, one a line; their least and largest AUC in words."""
+    if len(each) == 1:
+        path.unlink(missing_ok=True)  # of a run with more
+        return ""
+    figures = [classification_metrics(labels, probabilities, target) for probabilities in each]
+    table = pd.DataFrame([{"seed": seed + r, **row} for r, row in enumerate(figures)])
+    with atomic_path(path) as partial:
+        table.to_csv(partial, index_label="repeat", float_format="%.6f")
+    return f"; single repeats {table['auc'].min():.3f} to {table['auc'].max():.3f}"

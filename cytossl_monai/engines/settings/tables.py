@@ -263,6 +263,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         **_MANY_FOLDS,
         "n_folds": Count(low=3, high=10000),
         "nested": Switch(),
+        "repeats": Count(low=1, high=1000),
         "n_resamples": Count(low=1, high=10**7),
     },
     "cytossl_mil/few_shot": {

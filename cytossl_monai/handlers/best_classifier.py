@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class BestClassifier:
     """Watches validation, stops when it no longer improves, and writes the classifier of the best epoch.
 
-    Better means a higher AUC; among equal AUCs, which are common on few slides, a lower loss. Attach it after MONAI's
-    ``ValidationHandler``, which fills the evaluator's metrics.
+    Better means a higher AUC; among equal AUCs, which are common on few slides, a lower loss. It judges whenever the
+    evaluator has run, which MONAI's ``ValidationHandler`` decides; epochs between two validations count as none better.
 
     Args:
         evaluator: the validation engine, with the metrics ``auc`` and ``loss`` (``BagMetric``).
@@ -44,7 +44,10 @@ class BestClassifier:
         prior: ``seen`` and ``cohort`` of ``training_prior``: the bias is drawn to what takes the balanced draw of
             training back, and the probabilities stand for the cohort's shares. None: the validation slides alone.
         prevalence: (C,) shares of the classes where the classifier will be used; None: those of the cohort.
-        log_path: CSV with one line an epoch; None: none.
+        log_path: CSV with one line a validated epoch; None: none.
+
+    Raises:
+        InputError: at the end of a training in which nothing was validated; for a loss that is not finite.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class BestClassifier:
         """Attach to the trainer."""
         self._collected.attach(self.evaluator, "_collected")
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._keep_loss)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
+        self.evaluator.add_event_handler(Events.COMPLETED, lambda _: self._judge(engine))
         engine.add_event_handler(Events.COMPLETED, self._finish)
         engine.add_event_handler(Events.TERMINATE, self._finish)
 
@@ -109,6 +112,11 @@ class BestClassifier:
             engine.terminate()
 
     def _finish(self, engine: Engine) -> None:
+        if not self.history:
+            raise InputError(
+                f"nothing was validated in {engine.state.epoch} epochs, so that no classifier could be chosen: set "
+                "val_interval to at most epochs"
+            )
         if self._state is None or self._logits is None:
             return
         self.classifier.network.load_state_dict(self._state)

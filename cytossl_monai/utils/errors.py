@@ -19,6 +19,7 @@ __all__ = [
     "TableError",
     "TrainingDiverged",
     "WorkerDiedError",
+    "causes",
     "failure",
     "input_error",
     "plain_cause",
@@ -100,16 +101,27 @@ def input_error(error: BaseException | None) -> InputError | None:
     return None
 
 
-def plain_cause(error: BaseException) -> BaseException:
-    """The error that a user can act on behind what MONAI and Ignite wrapped it in; the error itself where none is."""
-    seen: set[int] = set()
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, the first cause last."""
+    chain: list[BaseException] = []
     inner: BaseException | None = error
-    while inner is not None and id(inner) not in seen:
+    while inner is not None and inner not in chain:
+        chain.append(inner)
+        inner = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
+    return chain
+
+
+def plain_cause(error: Exception) -> BaseException:
+    """The error that a user can act on behind what MONAI and Ignite wrapped it in.
+
+    Where there is none, a `RunError` with the kind and words of the first cause; the log gets the traceback.
+    """
+    chain = causes(error)
+    for inner in chain:
         if isinstance(inner, (InputError, RunError, WorkerDiedError, TrainingDiverged)):
             return inner
-        seen.add(id(inner))
-        inner = inner.__cause__ or inner.__context__
-    return error
+    logger.error("unexpected error", exc_info=error)
+    return RunError(f"{type(chain[-1]).__name__}: {reason(chain[-1])}; nobody expected this, the log has its traceback")
 
 
 def reason(error: BaseException) -> str:

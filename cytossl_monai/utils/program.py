@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cytossl_monai.utils.console import write_above_bars
-from cytossl_monai.utils.errors import TRACEBACK, InputError, RunError, TrainingDiverged, WorkerDiedError
+from cytossl_monai.utils.errors import TRACEBACK, InputError, RunError, TrainingDiverged, WorkerDiedError, causes
 
 __all__ = ["EXIT_INTERRUPTED", "keep_logs_in", "plain_errors", "sentence"]
 
@@ -43,7 +43,7 @@ def sentence(error: BaseException) -> str | None:
     Returns:
         the sentence; None for what nobody expected.
     """
-    chain = _chain(error)
+    chain = causes(error)
     for inner in chain:
         if isinstance(inner, (InputError, RunError, TrainingDiverged, WorkerDiedError)):
             return _own_words(inner)
@@ -61,15 +61,6 @@ def sentence(error: BaseException) -> str | None:
         if isinstance(inner, (ValueError, FileNotFoundError)) and _is_ours(inner):
             return _own_words(inner)
     return None
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
-    inner: BaseException | None = error
-    while inner is not None and inner not in found:
-        found.append(inner)
-        inner = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
-    return found
 
 
 def _own_words(error: BaseException) -> str:
@@ -131,7 +122,7 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if known is not None:
         print(f"error: {known}", file=sys.stderr, flush=True)
     elif not show:
-        inner = _chain(error)[-1]
+        inner = causes(error)[-1]
         where = _write_log(kind, error, trace)
         print(
             f"error: {type(inner).__name__}: {_first_line(inner)}; nobody expected this, its traceback is in {where}",

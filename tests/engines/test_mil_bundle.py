@@ -86,6 +86,36 @@ def test_train_evaluate_infer(trained, configs):
     np.testing.assert_allclose(again["prob_positive"], wanted["prob_positive"], atol=1e-5)
 
 
+def test_validation_at_intervals(trained, configs, tmp_path):
+    """Epochs without a validation are none to judge; a training without any has no best classifier."""
+    run_training([configs / "train.json"], given(trained, output_dir=str(tmp_path), epochs=5, val_interval=2))
+    assert pd.read_csv(tmp_path / "log.csv")["epoch"].tolist() == [2, 4]
+    assert load_classifier(tmp_path / "model.pt").meta["validation"]["epoch"] in (2, 4)
+    with pytest.raises(RuntimeError) as caught:
+        run_training(
+            [configs / "train.json"], given(trained, output_dir=str(tmp_path / "no"), epochs=2, val_interval=3)
+        )
+    assert str(plain_cause(caught.value)).startswith("nothing was validated in 2 epochs")
+
+
+def test_a_fault_that_nobody_expected_is_named_once(trained, configs, tmp_path, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        try:
+            raise ZeroDivisionError("of the network")
+        except ZeroDivisionError as error:
+            raise RuntimeError("Failed to evaluate ConfigExpression") from error  # as MONAI does
+
+    monkeypatch.setattr("cytossl_monai.engines.mil.folds.run_training", fail)
+    common = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
+    with pytest.raises(RunError) as caught:
+        cross_validate(*common, n_folds=3, num_workers=0)
+    told = (
+        "3 of 3 folds failed (fold 0, fold 1, fold 2: ZeroDivisionError: of the network; nobody expected this, the log"
+    )
+    assert str(caught.value).startswith(told)
+    assert "Traceback" in caplog.text
+
+
 def test_train_properties(trained, configs, tmp_path):
     overrides = given(trained, output_dir=str(tmp_path))
     train = ConfigWorkflow(str(configs / "train.json"), workflow_type="train", logging_file=False, **overrides)
@@ -169,9 +199,7 @@ def test_cross_validation_is_honest_and_resumable(trained, configs, tmp_path, mo
 
     runs = []
     original = run_training
-    monkeypatch.setattr(
-        "cytossl_monai.engines.mil.cross_validate.run_training", lambda *a: runs.append(1) or original(*a)
-    )
+    monkeypatch.setattr("cytossl_monai.engines.mil.folds.run_training", lambda *a: runs.append(1) or original(*a))
     second = run()
     assert not runs
     np.testing.assert_array_equal(first.probabilities, second.probabilities)
@@ -201,7 +229,7 @@ def test_cross_validation_bad_input(trained, configs, tmp_path):
 def test_a_fault_of_the_input_that_fails_every_fold_is_told_once(trained, configs, tmp_path):
     settings = {"device": "cpu", "epochs": 2, "optimizer#lr": "$[][0]"}
     common = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
-    with pytest.raises(RunError, match=r"3 of 3 folds failed .*fold 0: "):
+    with pytest.raises(RunError, match=r"3 of 3 folds failed \(fold 0, fold 1, fold 2: IndexError: list index"):
         cross_validate(*common, n_folds=3, overrides=settings, num_workers=0)
     (tmp_path / "hostile.yaml").write_text("validate#dataset#encoder: {hash: zzz, name: other, dim: 12}\n")
     with pytest.raises(FeatureError, match="not by zzz"):

@@ -260,7 +260,10 @@ def _train_and_judge(
         inputs = [f.error for f in failures if isinstance(f.error, InputError)]
         if len(inputs) == len(jobs):  # the same input fails them all
             raise inputs[0]
-        reasons = "; ".join(f"{f.item}: {f.error}" for f in failures)
+        alike: dict[str, list[str]] = {}
+        for failure in failures:
+            alike.setdefault(str(failure.error), []).append(str(failure.item))
+        reasons = "; ".join(f"{', '.join(same)}: {why}" for why, same in alike.items())
         raise RunError(
             f"{len(failures)} of {len(jobs)} folds failed ({reasons}); the others are kept, start again to do those "
             "alone"

@@ -22,7 +22,6 @@ __all__ = [
     "causes",
     "failure",
     "input_error",
-    "plain_cause",
     "reason",
 ]
 
@@ -109,19 +108,6 @@ def causes(error: BaseException) -> list[BaseException]:
         chain.append(inner)
         inner = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
     return chain
-
-
-def plain_cause(error: Exception) -> BaseException:
-    """The error that a user can act on behind what MONAI and Ignite wrapped it in.
-
-    Where there is none, a `RunError` with the kind and words of the first cause; the log gets the traceback.
-    """
-    chain = causes(error)
-    for inner in chain:
-        if isinstance(inner, (InputError, RunError, WorkerDiedError, TrainingDiverged)):
-            return inner
-    logger.error("unexpected error", exc_info=error)
-    return RunError(f"{type(chain[-1]).__name__}: {reason(chain[-1])}; nobody expected this, the log has its traceback")
 
 
 def reason(error: BaseException) -> str:

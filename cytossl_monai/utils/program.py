@@ -15,7 +15,9 @@ from types import TracebackType
 from cytossl_monai.utils.console import write_above_bars
 from cytossl_monai.utils.errors import TRACEBACK, InputError, RunError, TrainingDiverged, WorkerDiedError, causes
 
-__all__ = ["EXIT_INTERRUPTED", "keep_logs_in", "plain_errors", "sentence"]
+__all__ = ["EXIT_INTERRUPTED", "keep_logs_in", "plain_cause", "plain_errors", "sentence"]
+
+logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C (128 + SIGINT, as shells give it)."""
@@ -61,6 +63,24 @@ def sentence(error: BaseException) -> str | None:
         if isinstance(inner, (ValueError, FileNotFoundError)) and _is_ours(inner):
             return _own_words(inner)
     return None
+
+
+def plain_cause(error: Exception) -> BaseException:
+    """The error that a user can act on behind what MONAI and Ignite wrapped it in, to be raised in its place.
+
+    Returns:
+        the package's own error in the chain; else a `RunError` with its sentence, or, for what nobody expected, with
+        the kind and words of the first cause, whose traceback goes to the log.
+    """
+    chain = causes(error)
+    for inner in chain:
+        if isinstance(inner, (InputError, RunError, WorkerDiedError, TrainingDiverged)):
+            return inner
+    told = sentence(error)
+    if told is None:
+        logger.error("unexpected error", exc_info=error)
+        told = f"{type(chain[-1]).__name__}: {_first_line(chain[-1])}; nobody expected this, the log has its traceback"
+    return RunError(told)
 
 
 def _own_words(error: BaseException) -> str:

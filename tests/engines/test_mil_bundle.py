@@ -16,8 +16,9 @@ from cytossl_monai.engines.mil.cross_validate import cross_validate
 from cytossl_monai.engines.mil.few_shot import draw_shots, few_shot_curve
 from cytossl_monai.engines.mil.predict import inference_items
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import CheckpointError, FeatureError, InputError, RunError, TableError, plain_cause
+from cytossl_monai.utils.errors import CheckpointError, FeatureError, InputError, RunError, TableError
 from cytossl_monai.utils.locks import LOCK_NAME, LockedError, folder_lock
+from cytossl_monai.utils.program import plain_cause
 from cytossl_monai.utils.report import RunReport
 
 
@@ -98,22 +99,26 @@ def test_validation_at_intervals(trained, configs, tmp_path):
     assert str(plain_cause(caught.value)).startswith("nothing was validated in 2 epochs")
 
 
-def test_a_fault_that_nobody_expected_is_named_once(trained, configs, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("error", "told", "logged"),
+    [
+        (ZeroDivisionError("of the network"), "ZeroDivisionError: of the network; nobody expected this", True),
+        (OSError(28, "No space left on device", "x.pt"), "No space left on device: x.pt)", False),
+    ],
+)
+def test_a_fault_of_all_folds_is_named_once(trained, configs, tmp_path, monkeypatch, caplog, error, told, logged):
     def fail(*_: object) -> None:
         try:
-            raise ZeroDivisionError("of the network")
-        except ZeroDivisionError as error:
-            raise RuntimeError("Failed to evaluate ConfigExpression") from error  # as MONAI does
+            raise error
+        except Exception as inner:
+            raise RuntimeError("Failed to evaluate ConfigExpression") from inner  # as MONAI does
 
     monkeypatch.setattr("cytossl_monai.engines.mil.folds.run_training", fail)
     common = (configs / "train.json", trained / "slides.csv", trained / "features", tmp_path)
     with pytest.raises(RunError) as caught:
         cross_validate(*common, n_folds=3, num_workers=0)
-    told = (
-        "3 of 3 folds failed (fold 0, fold 1, fold 2: ZeroDivisionError: of the network; nobody expected this, the log"
-    )
-    assert str(caught.value).startswith(told)
-    assert "Traceback" in caplog.text
+    assert str(caught.value).startswith(f"3 of 3 folds failed (fold 0, fold 1, fold 2: {told}")
+    assert ("Traceback" in caplog.text) == logged
 
 
 def test_train_properties(trained, configs, tmp_path):

@@ -16,7 +16,8 @@ from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.engines.settings.kinds import Count, Items, Number, PathText, Switch
 from cytossl_monai.engines.settings.references import ABSENT, part
 from cytossl_monai.engines.settings.tables import TABLES
-from cytossl_monai.utils.errors import InputError, SettingError, plain_cause
+from cytossl_monai.utils.errors import InputError, SettingError
+from cytossl_monai.utils.program import plain_cause
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN, MIL, INFERENCE = (

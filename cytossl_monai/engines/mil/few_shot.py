@@ -23,10 +23,11 @@ from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import InputError, RunError, TableError, plain_cause, reason
+from cytossl_monai.utils.errors import InputError, RunError, TableError, reason
 from cytossl_monai.utils.files import atomic_path, file_fingerprint, require_writable
 from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.program import plain_cause
 from cytossl_monai.visualize.curves_mil import plot_few_shot
 
 __all__ = ["draw_shots", "few_shot_curve"]

@@ -15,8 +15,9 @@ import numpy as np
 from cytossl_monai.engines.bundle import run_training
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import CheckpointError, plain_cause
+from cytossl_monai.utils.errors import CheckpointError
 from cytossl_monai.utils.files import file_fingerprint, sha256_file, write_json
+from cytossl_monai.utils.program import plain_cause
 
 __all__ = ["FoldRun", "finished", "fold_stamp", "run_fold"]
 

@@ -181,7 +181,7 @@ _MIL: dict[str, Kind] = {
     "label_smoothing": _SHARE,
     "balanced": Switch(),
     "class_weight_power": Number(low=0, high=10),
-    "tile_dropout": _SHARE,
+    "tile_dropout": Number(low=0, high=0.999),
     "max_tiles": Count(low=1),
     "calibrate": Switch(),
     "prevalence": Items(null=True, of=Number(low=0, high=1, above=True)),

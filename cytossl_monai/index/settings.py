@@ -62,6 +62,8 @@ class IndexSettings:
                 raise ValueError(f"{name} must be 0.05 to 20 micrometres per pixel, not {getattr(self, name)}")
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"max_unreadable must be a share, 0 to 1, not {self.max_unreadable}")
+        if not self.min_contrast > 0:
+            raise ValueError(f"min_contrast must be above 0, not {self.min_contrast}: all of a tile would be nuclei")
         if self.min_nuclei < 0:
             raise ValueError(f"min_nuclei must be 0 or more, not {self.min_nuclei}")
 

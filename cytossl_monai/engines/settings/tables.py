@@ -220,7 +220,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         "nuclear_density": Number(low=0, high=5),
         "min_dark_um2": _AREA,
         "min_nucleus_um2": _AREA,
-        "min_contrast": Number(low=0, high=5),
+        "min_contrast": Number(low=0, high=5, above=True),
         "min_edge": Number(low=0, high=5),
         "max_elongation": Number(low=1, high=1e6),
         "min_nuclei": Count(),

@@ -20,7 +20,7 @@ from cytossl_monai.engines.mil.cross_validate import cross_validate
 from cytossl_monai.networks.files import load_classifier, save_classifier
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.classifier import MILClassifier
-from cytossl_monai.utils.errors import TableError
+from cytossl_monai.utils.errors import SettingError, TableError
 
 CLASSES = ["negative", "positive"]
 
@@ -118,3 +118,5 @@ def test_repeats_average_classifiers_that_never_saw_the_slide(
         cross_validate(config, table, features, out, **settings, seed=5).probabilities, single[0].probabilities
     )
     assert not (out / "repeats.csv").exists()
+    with pytest.raises(SettingError, match="repeats must be a whole number, at least 1; it is 0"):
+        cross_validate(config, table, features, out, **settings, repeats=0)

@@ -28,7 +28,7 @@ from cytossl_monai.networks.files import load_classifier, save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
 from cytossl_monai.networks.open import check_made_by
-from cytossl_monai.utils.errors import InputError, RunError, TableError
+from cytossl_monai.utils.errors import InputError, RunError, SettingError, TableError
 from cytossl_monai.utils.files import atomic_path, require_writable, write_json
 from cytossl_monai.utils.locks import folder_lock
 from cytossl_monai.utils.parallel import default_workers, run_parallel
@@ -124,13 +124,15 @@ def cross_validate(
         figures and predictions.
 
     Raises:
-        SettingError: for overrides or overlays that the training does not know.
+        SettingError: for overrides or overlays that the training does not know, and for repeats below 1.
         TableError: for folds that cannot be (see ``data.bags.splits``), fewer than three.
         FeatureError: for features that cannot be used.
         CheckpointError: for features of another encoder than the one named.
         RunError: when a fold failed; the message names it, the finished ones are kept.
         LockedError: when another run writes to ``output_dir``.
     """
+    if repeats < 1:
+        raise SettingError(f"setting repeats must be a whole number, at least 1; it is {repeats}")
     output_dir, files = Path(output_dir), training_files(config, overlays)
     require_writable(output_dir)
     check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, *_FOLDS))

@@ -21,7 +21,6 @@ __all__ = [
     "WorkerDiedError",
     "causes",
     "failure",
-    "input_error",
     "reason",
 ]
 
@@ -87,17 +86,6 @@ logger = logging.getLogger(__name__)
 
 TRACEBACK = "CYTOSSL_TRACEBACK"
 """Environment variable; where it is set, tracebacks are shown all the same."""
-
-
-def input_error(error: BaseException | None) -> InputError | None:
-    """The `InputError` that led to an error, through what MONAI and Ignite wrapped it in; None where there is none."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, InputError):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def causes(error: BaseException) -> list[BaseException]:

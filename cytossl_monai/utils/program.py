@@ -45,10 +45,10 @@ def sentence(error: BaseException) -> str | None:
     Returns:
         the sentence; None for what nobody expected.
     """
+    own = _own_error(error)
+    if own is not None:
+        return _own_words(own)
     chain = causes(error)
-    for inner in chain:
-        if isinstance(inner, (InputError, RunError, TrainingDiverged, WorkerDiedError)):
-            return _own_words(inner)
     for inner in chain:
         if isinstance(inner, OSError) and (inner.filename is not None or inner.errno is not None):
             return f"{inner.strerror or inner}: {inner.filename or ''}".strip(": ")
@@ -72,15 +72,21 @@ def plain_cause(error: Exception) -> BaseException:
         the package's own error in the chain; else a `RunError` with its sentence, or, for what nobody expected, with
         the kind and words of the first cause, whose traceback goes to the log.
     """
-    chain = causes(error)
-    for inner in chain:
-        if isinstance(inner, (InputError, RunError, WorkerDiedError, TrainingDiverged)):
-            return inner
+    own = _own_error(error)
+    if own is not None:
+        return own
     told = sentence(error)
     if told is None:
         logger.error("unexpected error", exc_info=error)
-        told = f"{type(chain[-1]).__name__}: {_first_line(chain[-1])}; nobody expected this, the log has its traceback"
+        first = causes(error)[-1]
+        told = f"{type(first).__name__}: {_first_line(first)}; nobody expected this, the log has its traceback"
     return RunError(told)
+
+
+def _own_error(error: BaseException) -> BaseException | None:
+    """The outermost of this package's own kinds in the chain."""
+    kinds = (InputError, RunError, TrainingDiverged, WorkerDiedError)
+    return next((inner for inner in causes(error) if isinstance(inner, kinds)), None)
 
 
 def _own_words(error: BaseException) -> str:

@@ -26,16 +26,15 @@ JOBS = 3  # a chunk: index, embed, inference
 
 def run(snakemake: str, folder: Path, chunks: int, cores: int) -> tuple[float, float]:
     """One run of the workflow over ``chunks`` chunks in a new folder; CPU and wall seconds."""
-    for name in ("slides.csv", "model.pt", "classifier.pt"):
-        (folder / name).touch()
-    settings = {name: folder / f"{name}.{'csv' if name == 'slides' else 'pt'}" for name in ("slides", "classifier")}
-    settings |= {"encoder": folder / "model.pt", "out": folder / "out", "chunks": chunks, "threads": 1}
-    settings |= {"python": shutil.which("true")}
+    settings = {"slides": folder / "slides.csv", "encoder": folder / "model.pt", "classifier": folder / "classifier.pt"}
+    for path in settings.values():
+        path.touch()
+    config = {**settings, "out": folder / "out", "chunks": chunks, "threads": 1, "python": shutil.which("true")}
     cluster = ROOT / "scripts" / "cluster"
     line = [snakemake, "-q", "all", "-s", str(cluster / "Snakefile"), "--cores", str(cores)]
     line += ["--workflow-profile", str(cluster / "profiles" / "local"), "--directory", str(folder)]
     before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([*line, "--config", *(f"{k}={v}" for k, v in settings.items())], capture_output=True)
+    done = subprocess.run([*line, "--config", *(f"{k}={v}" for k, v in config.items())], capture_output=True)
     if done.returncode or not (folder / "out" / "chunks" / "merge.done").is_file():
         raise SystemExit(f"engine.py: the workflow failed:\n{done.stderr.decode(errors='replace')[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

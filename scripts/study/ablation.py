@@ -45,6 +45,8 @@ def main() -> None:
         key, separator, value = pair.partition("=")
         if not separator:
             parser.error(f"--set takes KEY=VALUE, not {pair!r}")
+        if key == "seed":  # every run has one of the study's
+            parser.error("--set seed has no effect: give --seeds, or change seeds in the study")
         extra[key] = yaml.safe_load(value)
     try:
         content = read_study(args.config)

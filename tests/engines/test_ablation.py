@@ -224,7 +224,11 @@ def test_a_study_that_lacks_a_section_is_refused(tmp_path: Path) -> None:
 
 
 def test_shards_share_the_runs_and_write_no_table(
-    data: Path, tmp_path: Path, repo_root_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    repo_root_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     done: list[str] = []
 
@@ -247,6 +251,10 @@ def test_shards_share_the_runs_and_write_no_table(
     monkeypatch.setattr(sys, "argv", [*words, "4/3"])
     with pytest.raises(SystemExit, match="shard 4/3 does not exist"):
         main()
+    monkeypatch.setattr(sys, "argv", [*words, "1/1", "--set", "steps=3", "seed=7"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--set seed has no effect" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*words, "1/1", "--seeds", "7"])
     with pytest.raises(SystemExit, match=r"none of the seeds \[7\] is one of .*ablation.yaml, which has \[0, 1, 2\]"):
         main()

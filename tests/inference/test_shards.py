@@ -17,8 +17,8 @@ from cytossl_monai.index import IndexSettings, index_slides
 from cytossl_monai.inference import embed, embed_slides, merge_shards
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.utils import InputError, LockedError, Shard, item_lock
-from cytossl_monai.utils.errors import input_error
 from cytossl_monai.utils.locks import FileLock
+from cytossl_monai.utils.program import plain_cause
 
 
 def owner(slide_id: str, count: int) -> int:
@@ -87,7 +87,7 @@ def test_a_shard_beside_shards_of_another_number_stops(cohort, tmp_path):
     (tmp_path / "report.1-of-4.csv").touch()
     with pytest.raises(RuntimeError) as error:  # MONAI's, around the sentence that the user is shown
         run_inference(cohort, tmp_path, shard="3/8")
-    assert "is of 4 shards and this run is shard 3/8" in str(input_error(error.value))
+    assert "is of 4 shards and this run is shard 3/8" in str(plain_cause(error.value))
 
 
 def test_a_slide_that_another_run_is_at_comes_last(cohort, tmp_path, monkeypatch):

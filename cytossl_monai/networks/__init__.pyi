@@ -19,6 +19,7 @@ from .lora import add_lora as add_lora, merge_lora as merge_lora
 from .mil.abmil import ABMIL as ABMIL
 from .mil.clam import CLAM as CLAM
 from .mil.classifier import MILClassifier as MILClassifier
+from .mil.cytology.discriminant import CellDiscriminant as CellDiscriminant
 from .mil.cytology.less import LESS as LESS
 from .mil.cytology.reference import ReferenceBank as ReferenceBank
 from .mil.cytology.svdd import DeepSVDD as DeepSVDD
@@ -61,6 +62,7 @@ __all__ = [
     "DTFDMIL",
     "LESS",
     "CallableNetwork",
+    "CellDiscriminant",
     "DeepSVDD",
     "EfficientNetLite",
     "Encoder",

@@ -29,6 +29,7 @@ NETWORKS: dict[str, str] = {
     "DSMIL": _OWN + "mil.dsmil",
     "DTFDMIL": _OWN + "mil.dtfd",
     "LESS": _OWN + "mil.cytology.less",
+    "CellDiscriminant": _OWN + "mil.cytology.discriminant",
     "DeepSVDD": _OWN + "mil.cytology.svdd",
     "ReferenceBank": _OWN + "mil.cytology.reference",
     "TransMIL": _OWN + "mil.transmil",

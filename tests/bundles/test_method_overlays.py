@@ -14,6 +14,7 @@ from cytossl_monai.data import read_slide_table, write_features
 from cytossl_monai.engines.bundle import run_training
 from cytossl_monai.networks.files import load_classifier, load_encoder
 from cytossl_monai.networks.lora import has_lora
+from cytossl_monai.networks.mil.cytology.discriminant import CellDiscriminant
 from cytossl_monai.networks.mil.cytology.less import LESS
 from cytossl_monai.networks.mil.cytology.reference import ReferenceBank
 from cytossl_monai.networks.mil.cytology.svdd import DeepSVDD
@@ -49,8 +50,13 @@ def mil(repo_root: Path, overlay: str, data: dict[str, Any], **settings: Any) ->
 
 @pytest.mark.parametrize(
     ("overlay", "network", "scales"),
-    [("less", LESS, 2), ("svdd", DeepSVDD, None), ("reference", ReferenceBank, None)],
-    ids=["less", "svdd", "reference"],
+    [
+        ("less", LESS, 2),
+        ("svdd", DeepSVDD, None),
+        ("reference", ReferenceBank, None),
+        ("discriminant", CellDiscriminant, None),
+    ],
+    ids=["less", "svdd", "reference", "discriminant"],
 )
 def test_mil_overlays(overlay: str, network: type, scales: int | None, repo_root: Path, tmp_path: Path) -> None:
     mil(repo_root, overlay, bags(tmp_path, scales), epochs=15 if overlay == "svdd" else 2)

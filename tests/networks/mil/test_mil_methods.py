@@ -9,6 +9,7 @@ import torch
 from cytossl_monai.networks.build import build_network, network_config
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.clam import CLAM
+from cytossl_monai.networks.mil.cytology.discriminant import CellDiscriminant
 from cytossl_monai.networks.mil.cytology.less import LESS
 from cytossl_monai.networks.mil.cytology.reference import ReferenceBank
 from cytossl_monai.networks.mil.cytology.svdd import DeepSVDD
@@ -165,6 +166,10 @@ def test_config_rebuilds_the_network(make):
             | {"feature_scales": 2},
         ),
         (DeepSVDD, {"embed_dim": 8, "hidden_dim": 4, "top_share": 0.5, "momentum": 0.5}),
+        (
+            CellDiscriminant,
+            {"positive_share": 0.2, "rounds": 2, "top_share": 0.5, "slide_scatter": 1.0, "shrinkage": 0.5},
+        ),
         (ReferenceBank, {"n_neighbours": 2, "top_share": 0.5, "bank_size": 30, "shrinkage": 0.5}),
         (MONAIHead, {"embed_dim": None, "trans_blocks": 1, "trans_dropout": 0.5}),
         (MONAIPyramidHead, {"trans_blocks": 2, "trans_dropout": 0.5}),

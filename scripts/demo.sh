@@ -33,8 +33,9 @@ inference=$root/bundles/cytossl_inference/configs
 mkdir -p "$out"
 cd "$out"
 
-# Tiles of 56 um: a cell or two each, so that what a tile is scored for is what its picture shows.
+# Pretraining cuts its views from tiles of 56 um; bags hold one field of 32 um around each nucleus, as large as a view.
 tile=112 mpp=0.5
+cells=(--instances nuclei --field_size 64 --field_mpp 0.5)
 left_out=0
 # A step that left some slides out (status 3) does not stop the others.
 step() {
@@ -58,16 +59,18 @@ fi
 step "index: tiles where nuclei are" --config_file "$pretrain/index.json" --slides "$slides" --output_dir "$out/index" \
   --tile_size $tile --mpp $mpp
 step "pretrain: the encoder, without labels" \
-  --config_file "['$pretrain/train.json','$root/configs/scale/demo.yaml']" \
-  --index_dir "$out/index" --output_dir "$out/pretrain" --tile_size 224 ${CYTOSSL_STEPS:+--steps "$CYTOSSL_STEPS"}
+  --config_file "['$pretrain/train.json','$root/configs/scale/cpu.yaml']" --index_dir "$out/index" \
+  --output_dir "$out/pretrain" --tile_size $tile --batch_size 64 --steps "${CYTOSSL_STEPS:-240}" --epoch_length 20
 encoder=$out/pretrain/models/model.pt
-step "embed: features of every tile" --config_file "$inference/embed.json" \
-  --slides "$slides" --index_dir "$out/index" --output_dir "$out/features" --encoder "$encoder"
+step "embed: features of every cell" --config_file "$inference/embed.json" \
+  --slides "$slides" --index_dir "$out/index" --output_dir "$out/features" --encoder "$encoder" \
+  "${cells[@]}"
 step "slide classifier: patient-wise folds" --config_file "$mil/cross_validate.json" \
-  --slides "$slides" --features_dir "$out/features" --output_dir "$out/mil"
+  --slides "$slides" --features_dir "$out/features" --output_dir "$out/mil" \
+  --overlays "['$root/configs/mil/discriminant.yaml']" --repeats 3
 step "inference: predictions with their evidence" --config_file "$inference/inference.json" \
   --slides "${new:-$slides}" --encoder "$encoder" --classifier "$out/mil/model.pt" --output_dir "$out/reports" \
-  --tile_size $tile --mpp $mpp
+  --tile_size $tile --mpp $mpp "${cells[@]}"
 
 "$venv/bin/python" "$root/scripts/demo_summary.py" "$out"
 exit "$left_out"

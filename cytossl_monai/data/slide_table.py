@@ -21,11 +21,13 @@ from cytossl_monai.utils.cells import plain_cell, stored_cell
 from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["SlideRecord", "encode_labels", "id_of_file", "read_slide_table", "write_slide_table"]
+__all__ = ["NEGATIVE_NAMES", "SlideRecord", "encode_labels", "id_of_file", "read_slide_table", "write_slide_table"]
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("slide_id", "path", "label", "patient_id", "fold", "mpp")
+NEGATIVE_NAMES = ("negative", "nilm", "normal", "benign", "0")
+"""What tables call the class of slides on which nothing suspicious lies, in any case; the first that occurs counts."""
 SECTIONS = ("train", "training", "val", "valid", "validation", "test", "testing", "infer", "inference")
 """Sections of a datalist that may list bare paths; in others only items with ``image`` or ``path`` are slides."""
 
@@ -149,7 +151,8 @@ def encode_labels(records: Sequence[SlideRecord], classes: Sequence[str] | None 
 
     Args:
         records: slides that all have a label.
-        classes: the classes in order; None takes those that occur, sorted (as numbers when all are whole numbers).
+        classes: the classes in order; None takes those that occur, sorted as numbers when all are whole numbers, else
+            by name, one that is called as in ``NEGATIVE_NAMES`` first.
 
     Returns:
         int64 array (n,) of indices into the classes, and the classes.
@@ -164,7 +167,11 @@ def encode_labels(records: Sequence[SlideRecord], classes: Sequence[str] | None 
     labels = [str(r.label) for r in records]
     if classes is None:
         found = set(labels)
-        names = sorted(found, key=int) if all(re.fullmatch(r"[+-]?\d+", n) for n in found) else sorted(found)
+        if all(re.fullmatch(r"[+-]?\d+", name) for name in found):
+            names = sorted(found, key=int)
+        else:
+            negative = next((name for known in NEGATIVE_NAMES for name in sorted(found) if name.lower() == known), None)
+            names = sorted(found, key=lambda name: (name != negative, name))
     else:
         names = [str(c) for c in classes]
         if len(set(names)) != len(names):

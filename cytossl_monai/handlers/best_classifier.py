@@ -40,7 +40,8 @@ class BestClassifier:
         path: the classifier file.
         patience: epochs without improvement before training ends; None never ends it early.
         min_epochs: epochs before training may end.
-        calibrate: fit temperature and bias on the validation slides.
+        calibrate: fit temperature and bias on the validation slides. A method in closed form learns from these and has
+            fitted its logits on slides that it held out itself: only the classes' shares are set then.
         prior: ``seen`` and ``cohort`` of ``training_prior``: the bias is drawn to what takes the balanced draw of
             training back, and the probabilities stand for the cohort's shares. None: the validation slides alone.
         prevalence: (C,) shares of the classes where the classifier will be used; None: those of the cohort.
@@ -120,10 +121,11 @@ class BestClassifier:
         if self._state is None or self._logits is None:
             return
         self.classifier.network.load_state_dict(self._state)
+        closed_form = self.classifier.network.closed_form
         if self.calibrate:
-            self._calibrate(*self._logits)
+            self._calibrate(*self._logits, fitted=closed_form)
         self.classifier.trained = True
-        self.classifier.meta |= {"validation": dict(self.best), "n_epochs": len(self.history)}
+        self.classifier.meta |= {"validation": None if closed_form else dict(self.best), "n_epochs": len(self.history)}
         save_classifier(self.path, self.classifier)
         if self.log_path is not None:
             with atomic_path(self.log_path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
@@ -133,15 +135,20 @@ class BestClassifier:
         logger.info("best epoch %(epoch)d: validation AUC %(auc).3f, loss %(loss).3f", self.best)
         self._state = None  # COMPLETED also fires after TERMINATE: write once
 
-    def _calibrate(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Temperature and bias of the best epoch, and the prevalence that the probabilities stand for."""
+    def _calibrate(self, logits: torch.Tensor, labels: torch.Tensor, fitted: bool = False) -> None:
+        """Temperature and bias of the best epoch, and the prevalence that the probabilities stand for.
+
+        ``fitted``: the network fitted its logits itself, for classes of equal shares; the bias makes them the cohort's.
+        """
         classifier, target = self.classifier, self.classifier.target
         shares = class_shares(labels.numpy(), target, len(classifier.classes))
         shift, cohort = None, shares
         if self.prior is not None:
             cohort = self.prior["cohort"]
             shift = prior_shift(self.prior["seen"], cohort, target)
-        temperature, bias = fit_calibration(logits, labels, target, shift)
+        temperature, bias = 1.0, prior_shift(torch.full_like(cohort, 1 / len(cohort)), cohort, target)
+        if not fitted:
+            temperature, bias = fit_calibration(logits, labels, target, shift)
         classifier.temperature.fill_(temperature)
         classifier.bias.copy_(bias)
         classifier.prevalence.copy_(cohort)

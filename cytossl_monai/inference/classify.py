@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cytossl_monai.data.slide_table import NEGATIVE_NAMES
 from cytossl_monai.networks.describe import describe_classifier
 from cytossl_monai.networks.files import load_classifier, require_trained
 from cytossl_monai.networks.mil.classifier import MILClassifier
@@ -20,10 +21,7 @@ from cytossl_monai.utils.errors import CheckpointError, FeatureError
 from cytossl_monai.utils.files import sha256_file
 from cytossl_monai.visualize.heatmap import display_scale
 
-__all__ = ["NEGATIVE_NAMES", "SlideClassifier", "SlidePrediction"]
-
-NEGATIVE_NAMES = ("negative", "nilm", "normal", "benign", "0")
-"""Class names, lower case, that are taken to mean "nothing suspicious" where the caller names none."""
+__all__ = ["SlideClassifier", "SlidePrediction"]
 
 _TILE_BATCH = 8192
 
@@ -77,7 +75,8 @@ class SlideClassifier:
     Args:
         paths: classifier files of `save_classifier`.
         device: where to compute.
-        negative_class: the class that means "nothing suspicious"; None looks for one of ``NEGATIVE_NAMES``, else
+        negative_class: the class that means "nothing suspicious"; None looks for one of
+            ``data.slide_table.NEGATIVE_NAMES``, else
             takes the first.
         prevalence: share of each class where the slides come from; None: those that the classifier was trained for.
 
@@ -134,7 +133,12 @@ class SlideClassifier:
     def calibrated(self) -> bool:
         """Whether every member was calibrated on slides it was not trained on."""
         # An ensemble's network keeps the temperatures of its members and has none of its own.
-        own = [getattr(member.network, "temperatures", member.temperature) for member in self.members]
+        # A method in closed form calibrates itself, on slides that it holds out.
+        own = [
+            getattr(member.network, "temperatures", member.temperature)
+            for member in self.members
+            if not member.network.closed_form
+        ]
         return all(bool((temperature != 1.0).all()) for temperature in own)
 
     @property

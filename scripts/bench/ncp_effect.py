@@ -147,7 +147,7 @@ def build_encoder(seed: int) -> Encoder:
 
 
 def pretrain(tiles: Tensor, valid: Tensor | None, ops: str | None, steps: int, batch: int, seed: int) -> Encoder:
-    """MoCo v3 as ``configs/scale/demo.yaml`` sets it, for so many steps; ``ops`` None leaves NCP out."""
+    """MoCo v3 with a small encoder, for so many steps; ``ops`` None leaves NCP out."""
     encoder = build_encoder(seed)
     method = MoCoV3(encoder, hidden_dim=1024).train()
     ncp = None if ops is None else BatchedNCP(ops)

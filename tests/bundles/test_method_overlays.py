@@ -1,4 +1,4 @@
-"""The overlays less, svdd, reference, vpu and lora, from input to file through a bundle's configuration."""
+"""The overlays less, svdd, reference, discriminant, vpu and lora, from input to file through a bundle's configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from cytossl_monai.data import read_slide_table, write_features
+from cytossl_monai.data.bags.dataset import BagDataset
+from cytossl_monai.data.bags.items import bag_items
 from cytossl_monai.engines.bundle import run_training
+from cytossl_monai.engines.mil.trainer import standardise
+from cytossl_monai.inference import SlideClassifier
 from cytossl_monai.networks.files import load_classifier, load_encoder
 from cytossl_monai.networks.lora import has_lora
 from cytossl_monai.networks.mil.cytology.discriminant import CellDiscriminant
@@ -67,6 +71,34 @@ def test_mil_overlays(overlay: str, network: type, scales: int | None, repo_root
     assert set(told["metrics"]) >= {"auc", "recall", "precision", "specificity"}
     if overlay != "less":
         assert told["metrics"]["auc"]["value"] > 0.9  # positives lie far off
+
+
+def test_a_method_in_closed_form_learns_from_the_validation_slides_and_calibrates_itself(
+    repo_root: Path, tmp_path: Path
+) -> None:
+    data = bags(tmp_path, None)
+    table = tmp_path / "slides.csv"
+    lines = table.read_text().splitlines()
+    splits = [f"{line},{'val' if number in (4, 7, 9) else 'train'}" for number, line in enumerate(lines[1:])]
+    table.write_text("\n".join([lines[0] + ",split", *splits]) + "\n")
+    mil(repo_root, "discriminant", data, epochs=1)
+    classifier = load_classifier(tmp_path / "out" / "model.pt")
+    assert float(classifier.temperature) == 1.0
+    train = [line for line in splits if line.endswith("train")]
+    positive = sum(",positive," in line for line in train) / len(train)
+    torch.testing.assert_close(classifier.prevalence, torch.tensor([1 - positive, positive]))
+    shift = float(classifier.bias[1] - classifier.bias[0])
+    assert shift == pytest.approx(np.log(positive / (1 - positive)), abs=1e-6)  # from classes of equal shares
+    assert classifier.meta["validation"] is None  # nothing was held out for it
+    assert SlideClassifier(tmp_path / "out" / "model.pt").calibrated
+
+    items = bag_items(read_slide_table(table), tmp_path / "features", classes=["negative", "positive"])
+    parts = [BagDataset([item for item in items if item["split"] == name]) for name in ("train", "val")]
+    wanted = standardise(CellDiscriminant(8), parts[0], parts[1])
+    torch.testing.assert_close(classifier.network.directions, wanted.directions)
+    fewer, twice = standardise(CellDiscriminant(8), parts[0]), standardise(CellDiscriminant(8), parts[0], parts[0])
+    assert not torch.allclose(fewer.directions, wanted.directions)
+    torch.testing.assert_close(twice.slope, fewer.slope)  # few_shot validates on its training slides: not learned twice
 
 
 def refusal(overlay: str, data: dict[str, Any], repo_root: Path) -> str:

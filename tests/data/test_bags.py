@@ -57,6 +57,13 @@ def test_slides_without_features_are_left_out_with_a_warning(store, caplog):
         bag_items([record("gone")], store)
 
 
+def test_two_classes_of_which_none_is_known_as_negative_are_told(store, caplog):
+    items_of(store, ["HSIL", "NILM", "HSIL", "NILM"])
+    assert not caplog.text
+    assert items_of(store, ["cancer", "inflammation"] * 2)[0]["label"] == 0
+    assert "cancer is taken for it: else say --classes \"['inflammation','cancer']\"" in caplog.text
+
+
 def test_bags_of_another_encoder_are_refused(store):
     write_features(store / "s1.h5", np.ones((3, 4), "f4"), np.zeros((3, 2), int), {"encoder": "e2"})
     with pytest.raises(FeatureError, match=r"s1\.h5 was made by the encoder e2.*by e1"):

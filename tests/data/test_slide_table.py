@@ -189,6 +189,23 @@ def test_encode_labels(tmp_path):
         encode_labels(records, ["0", "0"])
 
 
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        ("HSIL NILM", ["NILM", "HSIL"]),
+        ("carcinoma Benign atypical", ["Benign", "atypical", "carcinoma"]),
+        ("benign Negative", ["Negative", "benign"]),
+        ("case control", ["case", "control"]),
+        ("-1 0 1", ["-1", "0", "1"]),
+    ],
+)
+def test_a_class_that_is_called_negative_comes_first(tmp_path, labels, wanted):
+    """Recall, specificity and one-class methods take the first of two classes for the negative one."""
+    lines = "".join(f"s{i},x,{n},p{i}\n" for i, n in enumerate(labels.split()))
+    records = read_slide_table(write(tmp_path, "slide_id,path,label,patient_id\n" + lines))
+    assert encode_labels(records)[1] == wanted
+
+
 def test_encode_labels_missing(tmp_path):
     records = read_slide_table(write(tmp_path, "slide_id,path,label\na,x,\nb,y,1\n"))
     with pytest.raises(TableError, match="slide a without a label"):

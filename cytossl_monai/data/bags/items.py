@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cytossl_monai.data.bags.features import read_feature_attrs
-from cytossl_monai.data.slide_table import SlideRecord, encode_labels, read_slide_table
+from cytossl_monai.data.slide_table import NEGATIVE_NAMES, SlideRecord, encode_labels, read_slide_table
 from cytossl_monai.utils.errors import FeatureError, TableError
 
 __all__ = ["Item", "bag_encoder", "bag_items", "encode_targets"]
@@ -29,7 +29,8 @@ def encode_targets(
     Args:
         records: slides with labels. ``multilabel``: findings joined by ``|`` or ``;`` ("candida|hsil"), or "none".
         target: "multiclass", "ordinal" or "multilabel".
-        classes: the classes; None takes those that occur, sorted. ``ordinal`` needs them, lowest grade first.
+        classes: the classes; None takes those that occur, sorted, the negative one first where its name
+            says so (see ``encode_labels``). ``ordinal`` needs them, lowest grade first.
 
     Returns:
         int64 (n,), or for ``multilabel`` (n, C) of 0 and 1; and the classes.
@@ -112,6 +113,15 @@ def bag_items(
     ]
     if labelled:
         labels, names = encode_targets(records, target, classes)
+        if classes is None and target == "multiclass" and len(names) == 2 and names[0].lower() not in NEGATIVE_NAMES:
+            logger.warning(
+                "which of the classes %s and %s is the negative one is not known; %s is taken for it: else say "
+                "--classes \"['%s','%s']\"",
+                *names,
+                names[0],
+                names[1],
+                names[0],
+            )
         for item, record, label in zip(items, records, labels):
             item.update(label=label if label.ndim else int(label), label_name=record.label, classes=names)
     return items

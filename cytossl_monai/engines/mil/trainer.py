@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from cytossl_monai.networks.mil.base import MILModel
 from cytossl_monai.networks.mil.classifier import MILClassifier, MILPrediction
 from cytossl_monai.networks.mil.targets import class_probabilities, target_loss
 from cytossl_monai.utils.locks import folder_lock
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "BagInferer",
@@ -181,14 +184,24 @@ def bag_loader(
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_bags, num_workers=num_workers)
 
 
-def standardise(network: MILModel, dataset: BagDataset) -> MILModel:
+def standardise(network: MILModel, dataset: BagDataset, validation: BagDataset | None = None) -> MILModel:
     """Set the network's feature standardisation, and what it learns without gradient, from the training slides.
+
+    Args:
+        network: the method.
+        dataset: the training slides.
+        validation: the validation slides; a method in closed form learns from them as well, if they are others.
 
     Returns:
         the network.
     """
     network.set_standardisation(*feature_statistics(dataset))
-    bags = map(dataset.whole, range(len(dataset)))
+    places = [(dataset, i) for i in range(len(dataset))]
+    if network.closed_form and validation is not None:
+        known = {item["slide_id"] for item in dataset.data}
+        places += [(validation, i) for i, item in enumerate(validation.data) if item["slide_id"] not in known]
+        logger.info("%d slides, the validation slides among them, are learned from in closed form", len(places))
+    bags = (data.whole(i) for data, i in places)
     network.learn_bags((bag["features"], bag["label"]) for bag in bags)
     return network
 

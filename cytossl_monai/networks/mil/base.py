@@ -48,6 +48,9 @@ class MILModel(nn.Module):
 
     order_matters: bool = False
     """True where the method's result depends on the order of the tiles (TransMIL)."""
+    closed_form: bool = False
+    """True where all is learned in ``learn_bags``, and the logits are made on slides held out in it, for classes of
+    equal shares. Nothing is chosen on the validation slides then, and they are learned from as well."""
     __jit_unused_properties__: ClassVar[list[str]] = ["config"]  # what TorchScript need not compile
 
     def __init__(self, in_features: int, n_outputs: int) -> None:

@@ -47,6 +47,7 @@ class MILEnsemble(MILModel):
         self.target = target
         self.members = nn.ModuleList(networks)
         self.order_matters = any(m.order_matters for m in networks)
+        self.closed_form = all(m.closed_form for m in networks)
         self.temperatures: Tensor
         self.register_buffer("temperatures", torch.tensor(list(temperatures or [1.0] * len(networks))))
         if len(self.temperatures) != len(networks):

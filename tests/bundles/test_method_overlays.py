@@ -1,4 +1,4 @@
-"""The overlays less, svdd, reference, discriminant, vpu and lora, from input to file through a bundle's configuration."""
+"""The overlays less, svdd, reference, discriminant, vpu and lora, from input to file by a bundle's configuration."""
 
 from __future__ import annotations
 

@@ -33,9 +33,10 @@ inference=$root/bundles/cytossl_inference/configs
 mkdir -p "$out"
 cd "$out"
 
-# Pretraining cuts its views from tiles of 56 um; bags hold one field of 32 um around each nucleus, as large as a view.
-tile=112 mpp=0.5
-cells=(--instances nuclei --field_size 64 --field_mpp 0.5)
+# The encoder that ships is trained on, on these slides: views and fields are of the size that it knows (its model card).
+tile=224 mpp=0.25
+views=(--view_size 80 --zoom "[0.6,1.6]" --batch_size 64)
+cells=(--instances nuclei --field_size 96 --field_mpp 0.25)
 left_out=0
 # A step that left some slides out (status 3) does not stop the others.
 step() {
@@ -58,9 +59,10 @@ if [ -z "$slides" ]; then
 fi
 step "index: tiles where nuclei are" --config_file "$pretrain/index.json" --slides "$slides" --output_dir "$out/index" \
   --tile_size $tile --mpp $mpp
-step "pretrain: the encoder, without labels" \
-  --config_file "['$pretrain/train.json','$root/configs/scale/cpu.yaml']" --index_dir "$out/index" \
-  --output_dir "$out/pretrain" --tile_size $tile --batch_size 64 --steps "${CYTOSSL_STEPS:-240}" --epoch_length 20
+step "pretrain: the encoder that ships, trained on without labels" \
+  --config_file "['$pretrain/train.json','$root/configs/scale/cpu.yaml','$root/configs/backbone/encoder_file.yaml']" \
+  --start_from "$root/bundles/cytossl_pretrain/models/lite0_cells.pt" --index_dir "$out/index" --tile_size $tile \
+  --mpp $mpp "${views[@]}" --steps "${CYTOSSL_STEPS:-150}" --epoch_length 10 --output_dir "$out/pretrain"
 encoder=$out/pretrain/models/model.pt
 step "embed: features of every cell" --config_file "$inference/embed.json" \
   --slides "$slides" --index_dir "$out/index" --output_dir "$out/features" --encoder "$encoder" \

@@ -84,13 +84,14 @@ def draw_overlay(
     # Pillow's own font has no micro sign.
     told = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
     draw.text((left, base + 12), told, _INK, small)
-    ramp = colours(np.repeat(np.linspace(0, 1, 180)[None], 14, 0))
-    right = width - (width - over.width) // 2 - 180 - 16
+    texts = {text: draw.textlength(text, font=small) for text in ("low", legend, "high")}
+    wide = max(180, int(sum(texts.values())) + 24)  # room for all three under it
+    ramp = colours(np.repeat(np.linspace(0, 1, wide)[None], 14, 0))
+    right = width - (width - over.width) // 2 - wide - 16
     canvas.paste(Image.fromarray(ramp), (right, base - 4))
-    draw.text((right, base + 14), "low", _INK, small)
-    for text, at in ((legend, right + 90), ("high", right + 180)):
-        length_px = draw.textlength(text, font=small)
-        draw.text((at - (length_px / 2 if text == legend else length_px), base + 14), text, _INK, small)
+    middle = texts["low"] + (wide - sum(texts.values())) / 2
+    for text, at in (("low", 0.0), (legend, middle), ("high", wide - texts["high"])):
+        draw.text((right + at, base + 14), text, _INK, small)
     with atomic_path(path) as partial:
         canvas.save(partial, format="PNG", compress_level=4)
     return path

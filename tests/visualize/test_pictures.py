@@ -31,6 +31,15 @@ def test_overlay_scale_bar_and_legend(tmp_path):
     assert len(seen) > 100  # the legend's ramp
 
 
+@pytest.mark.parametrize("legend", ["evidence", "attention x suspicion"])
+def test_the_words_under_the_legend_stand_apart(tmp_path, legend):
+    thumbnail = np.full((3, 400, 800), 255, np.uint8)
+    heat = tile_map(np.array([[0, 0]]), np.array([1.0]), 1000, 8000, 4000, 0.25)
+    picture = np.asarray(Image.open(draw_overlay(tmp_path / "o.png", thumbnail, heat, "slide", legend)))
+    columns = np.flatnonzero((picture[-30:, 400:] != 255).any(-1).any(0))  # below the ramp, right of the scale bar
+    assert (np.diff(columns) > 9).sum() == 2  # low, the legend, high; spaces within it are narrower
+
+
 @pytest.mark.parametrize(("limit", "wanted"), [(1, 1), (1.99, 1), (2, 2), (49, 20), (50, 50), (999, 500), (0.3, 0.2)])
 def test_nice_length(limit, wanted):
     assert nice_length(limit) == pytest.approx(wanted)

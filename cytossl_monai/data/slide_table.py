@@ -21,7 +21,7 @@ from cytossl_monai.utils.cells import plain_cell, stored_cell
 from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import atomic_path
 
-__all__ = ["NEGATIVE_NAMES", "SlideRecord", "encode_labels", "id_of_file", "read_slide_table", "write_slide_table"]
+__all__ = ["SlideRecord", "encode_labels", "id_of_file", "known_negative", "read_slide_table", "write_slide_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,12 @@ def write_slide_table(path: str | os.PathLike[str], records: Iterable[SlideRecor
     return path
 
 
+def known_negative(classes: Iterable[str]) -> str | None:
+    """The class that is called as in ``NEGATIVE_NAMES``; None where none is."""
+    lower = {name.lower(): name for name in reversed(list(classes))}  # of two spellings the first
+    return next((lower[name] for name in NEGATIVE_NAMES if name in lower), None)
+
+
 def encode_labels(records: Sequence[SlideRecord], classes: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
     """Class numbers of the records.
 
@@ -170,7 +176,7 @@ def encode_labels(records: Sequence[SlideRecord], classes: Sequence[str] | None 
         if all(re.fullmatch(r"[+-]?\d+", name) for name in found):
             names = sorted(found, key=int)
         else:
-            negative = next((name for known in NEGATIVE_NAMES for name in sorted(found) if name.lower() == known), None)
+            negative = known_negative(sorted(found))
             names = sorted(found, key=lambda name: (name != negative, name))
     else:
         names = [str(c) for c in classes]

@@ -123,7 +123,7 @@ class BestClassifier:
         self.classifier.network.load_state_dict(self._state)
         closed_form = self.classifier.network.closed_form
         if self.calibrate:
-            self._calibrate(*self._logits, fitted=closed_form)
+            self._calibrate(*self._logits)
         self.classifier.trained = True
         self.classifier.meta |= {"validation": None if closed_form else dict(self.best), "n_epochs": len(self.history)}
         save_classifier(self.path, self.classifier)
@@ -135,10 +135,10 @@ class BestClassifier:
         logger.info("best epoch %(epoch)d: validation AUC %(auc).3f, loss %(loss).3f", self.best)
         self._state = None  # COMPLETED also fires after TERMINATE: write once
 
-    def _calibrate(self, logits: torch.Tensor, labels: torch.Tensor, fitted: bool = False) -> None:
+    def _calibrate(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Temperature and bias of the best epoch, and the prevalence that the probabilities stand for.
 
-        ``fitted``: the network fitted its logits itself, for classes of equal shares; the bias makes them the cohort's.
+        A network in closed form fitted its logits itself, for classes of equal shares: a bias makes them the cohort's.
         """
         classifier, target = self.classifier, self.classifier.target
         shares = class_shares(labels.numpy(), target, len(classifier.classes))
@@ -146,8 +146,9 @@ class BestClassifier:
         if self.prior is not None:
             cohort = self.prior["cohort"]
             shift = prior_shift(self.prior["seen"], cohort, target)
-        temperature, bias = 1.0, prior_shift(torch.full_like(cohort, 1 / len(cohort)), cohort, target)
-        if not fitted:
+        if classifier.network.closed_form:
+            temperature, bias = 1.0, prior_shift(torch.full_like(cohort, 1 / len(cohort)), cohort, target)
+        else:
             temperature, bias = fit_calibration(logits, labels, target, shift)
         classifier.temperature.fill_(temperature)
         classifier.bias.copy_(bias)

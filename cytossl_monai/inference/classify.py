@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cytossl_monai.data.slide_table import NEGATIVE_NAMES
+from cytossl_monai.data.slide_table import known_negative
 from cytossl_monai.networks.describe import describe_classifier
 from cytossl_monai.networks.files import load_classifier, require_trained
 from cytossl_monai.networks.mil.classifier import MILClassifier
@@ -121,8 +121,8 @@ class SlideClassifier:
             if name not in self.classes:
                 raise CheckpointError(f"the class {name!r} is unknown to {self.files[0]}: it has {self.classes}")
             return self.classes.index(name)
-        lower = [one.lower() for one in self.classes]
-        return next((lower.index(one) for one in NEGATIVE_NAMES if one in lower), 0)
+        known = known_negative(self.classes)
+        return 0 if known is None else self.classes.index(known)
 
     @property
     def hash(self) -> str:

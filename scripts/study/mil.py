@@ -22,8 +22,19 @@ from cytossl_monai.utils.files import atomic_path, write_text
 from cytossl_monai.utils.program import plain_errors
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ["mean", "max", "abmil", "abmil_gated", "dsmil", "clam_sb", "clam_mb", "transmil", "dtfd", "discriminant"]
-METHODS += ["monai_att_trans"]
+METHODS = [
+    "mean",
+    "max",
+    "abmil",
+    "abmil_gated",
+    "dsmil",
+    "clam_sb",
+    "clam_mb",
+    "transmil",
+    "dtfd",
+    "discriminant",
+    "monai_att_trans",
+]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cytossl_monai.data.bags.features import read_feature_attrs
-from cytossl_monai.data.slide_table import NEGATIVE_NAMES, SlideRecord, encode_labels, read_slide_table
+from cytossl_monai.data.slide_table import SlideRecord, encode_labels, known_negative, read_slide_table
 from cytossl_monai.utils.errors import FeatureError, TableError
 
 __all__ = ["Item", "bag_encoder", "bag_items", "encode_targets"]
@@ -113,7 +113,7 @@ def bag_items(
     ]
     if labelled:
         labels, names = encode_targets(records, target, classes)
-        if classes is None and target == "multiclass" and len(names) == 2 and names[0].lower() not in NEGATIVE_NAMES:
+        if classes is None and target == "multiclass" and len(names) == 2 and known_negative(names) != names[0]:
             logger.warning(
                 "which of the classes %s and %s is the negative one is not known; %s is taken for it: else say "
                 "--classes \"['%s','%s']\"",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MILModel", "MILOutput", "full_mask", "masked_max", "masked_mean", "masked_softmax"]
+__all__ = ["MILModel", "MILOutput", "full_mask", "masked_max", "masked_mean", "masked_softmax", "masked_top_mean"]
 
 
 class MILOutput(NamedTuple):
@@ -172,3 +172,11 @@ def masked_max(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(B, C) maximum over the tiles of values (B, N, C) where mask (B, N) is True, and the tiles' numbers (B, C)."""
     best = values.masked_fill(~mask.unsqueeze(-1), float("-inf")).max(dim=1)
     return best[0], best[1]
+
+
+def masked_top_mean(values: Tensor, mask: Tensor, share: float) -> Tensor:
+    """(B, C) mean over the share of tiles that lead, one at least, of values (B, N, C) where mask (B, N) is True."""
+    ordered = values.masked_fill(~mask.unsqueeze(-1), float("-inf")).sort(dim=1, descending=True).values
+    count = (mask.sum(dim=1) * share).ceil().long().clamp_min(1).unsqueeze(1)
+    counted = torch.arange(mask.shape[1], device=mask.device) < count
+    return ordered.masked_fill(~counted.unsqueeze(-1), 0.0).sum(dim=1) / count

@@ -8,7 +8,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor, nn
 
-from cytossl_monai.networks.mil.base import MILModel, MILOutput, masked_softmax
+from cytossl_monai.networks.mil.base import MILModel, MILOutput, full_mask, masked_softmax, masked_top_mean
+from cytossl_monai.networks.mil.cytology.statistics import draw_tiles, mean_of_slides, whitening
 
 __all__ = ["CellDiscriminant"]
 
@@ -91,7 +92,7 @@ class CellDiscriminant(MILModel):
         """See ``MILModel.forward_bag``."""
         slope, offset = self.slope.detach(), self.offset.detach()
         places = features @ self.directions - self.centres  # (B, N, K - 1)
-        slide = slope * self._slide_places(places, mask) + offset
+        slide = slope * masked_top_mean(places, mask, self.top_share) + offset
         cells = slope * places + offset
         attention = masked_softmax(cells.max(dim=2).values, mask)
         scores = _logits(cells).masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -132,16 +133,13 @@ class CellDiscriminant(MILModel):
         for kind, count in enumerate(counts):
             part[labels == kind] = np.arange(count) * folds // count
         for fold in range(folds):
-            if folds > 1:
-                self._learn([cells[i] for i in everyone[part != fold]], labels[part != fold])
-            else:
-                self._learn(cells, labels)  # one slide of a class: it is all that can be looked at
+            seen = (part != fold) | (folds == 1)  # one slide of a class: it is all that can be looked at
+            self._learn([cells[i] for i in everyone[seen]], labels[seen])
             for i in everyone[part == fold]:
                 places[i] = self._judge(cells[i])
         for k in range(self.n_outputs - 1):
             self.slope[k], self.offset[k] = _fit_line(places[:, k].double().numpy(), labels == k + 1)
-        if folds > 1:
-            self._learn(cells, labels)
+        self._learn(cells, labels)
 
     @torch.jit.unused
     def _draw(self, bags: Iterable[tuple[Tensor, int]]) -> tuple[list[Tensor], np.ndarray]:
@@ -152,42 +150,35 @@ class CellDiscriminant(MILModel):
         for features, label in bags:
             if np.ndim(label):
                 raise ValueError("a discriminant of cells takes slides of one class each, not a multilabel target")
-            cells.append(self.standardised(_some(features, _MOST_CELLS, generator)))
+            cells.append(self.standardised(draw_tiles(features, _MOST_CELLS, generator)))
             labels.append(int(label))
             share = max(1, _MOST_CELLS // len(cells))
             if sum(map(len, cells)) > _MOST_CELLS:
-                cells = [_some(tiles, share, generator) for tiles in cells]
+                cells = [draw_tiles(tiles, share, generator) for tiles in cells]
         return cells, np.array(labels, dtype=int)
 
     @torch.jit.unused
     def _judge(self, tiles: Tensor) -> Tensor:
         """(K - 1,) place of one slide's standardised cells (N, D)."""
-        mask = torch.ones(1, len(tiles), dtype=torch.bool, device=tiles.device)
-        return self._slide_places((tiles @ self.directions - self.centres)[None], mask)[0]
-
-    def _slide_places(self, places: Tensor, mask: Tensor) -> Tensor:
-        """(B, K - 1) mean of the ``top_share`` of each bag's cells (B, N, K - 1) that lead; one counts at least."""
-        ordered = places.masked_fill(~mask.unsqueeze(-1), float("-inf")).sort(dim=1, descending=True).values
-        count = (mask.sum(dim=1) * self.top_share).ceil().long().clamp_min(1).unsqueeze(1)
-        counted = torch.arange(mask.shape[1], device=mask.device) < count
-        return ordered.masked_fill(~counted.unsqueeze(-1), 0.0).sum(dim=1) / count
+        places = (tiles @ self.directions - self.centres)[None]
+        return masked_top_mean(places, full_mask(places), self.top_share)[0]
 
     @torch.jit.unused
     def _learn(self, cells: Sequence[Tensor], labels: np.ndarray) -> None:
         """Directions and centres from the standardised cells of some slides."""
-        whitening = self._whitening(cells, labels)
-        white = [tiles @ whitening for tiles in cells]
+        to_white = whitening(self._covariance(cells, labels), self.shrinkage).float()
+        white = [tiles @ to_white for tiles in cells]
         for k in range(self.n_outputs - 1):
             own = [tiles for tiles, label in zip(white, labels, strict=True) if label == k + 1]
             others = [tiles for tiles, label in zip(white, labels, strict=True) if label != k + 1]
-            rest = torch.stack([tiles.mean(dim=0) for tiles in others]).mean(dim=0)
-            direction = torch.stack([tiles.mean(dim=0) for tiles in own]).mean(dim=0) - rest
+            rest = mean_of_slides(others)
+            direction = mean_of_slides(own) - rest
             for _ in range(self.rounds):
                 kept = [tiles[(tiles @ direction).topk(self._leading(tiles)).indices] for tiles in own]
-                direction = torch.stack([tiles.mean(dim=0) for tiles in kept]).mean(dim=0) - rest
+                direction = mean_of_slides(kept) - rest
             places = torch.cat([tiles @ direction for tiles in others])
             spread = places.std(correction=0).clamp_min(1e-6)
-            self.directions[:, k] = whitening @ direction / spread
+            self.directions[:, k] = to_white @ direction / spread
             self.centres[k] = places.mean() / spread
 
     @torch.jit.unused
@@ -195,8 +186,8 @@ class CellDiscriminant(MILModel):
         return max(1, int(np.ceil(self.positive_share * len(tiles))))
 
     @torch.jit.unused
-    def _whitening(self, cells: Sequence[Tensor], labels: np.ndarray) -> Tensor:
-        """(D, D): the cells' covariance, every slide counting alike, with the scatter between slides of one label."""
+    def _covariance(self, cells: Sequence[Tensor], labels: np.ndarray) -> Tensor:
+        """(D, D) covariance of the cells, every slide counting alike, with the scatter between slides of one label."""
         means = torch.stack([tiles.mean(dim=0) for tiles in cells]).double()
         second = sum(tiles.T @ tiles / len(tiles) for tiles in cells)
         centre = means.mean(dim=0)
@@ -205,9 +196,7 @@ class CellDiscriminant(MILModel):
         for kind in np.unique(labels):
             same = torch.from_numpy(labels == kind).to(means.device)
             within[same] -= means[same].mean(dim=0)
-        covariance += self.slide_scatter * (within.T @ within) / len(cells)
-        variances, axes = torch.linalg.eigh(covariance)
-        return (axes / (variances.clamp_min(0.0) + self.shrinkage).sqrt()).float()
+        return covariance + self.slide_scatter * (within.T @ within) / len(cells)
 
 
 def _logits(places: Tensor) -> Tensor:
@@ -215,13 +204,6 @@ def _logits(places: Tensor) -> Tensor:
     if places.shape[-1] == 1:
         return torch.cat([-0.5 * places, 0.5 * places], dim=-1)
     return torch.cat([torch.zeros_like(places[..., :1]), places], dim=-1)
-
-
-def _some(tiles: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """At most so many rows, drawn."""
-    if len(tiles) <= most:
-        return tiles
-    return tiles[torch.randperm(len(tiles), generator=generator)[:most].sort().values.to(tiles.device)]
 
 
 def _fit_line(places: np.ndarray, positive: np.ndarray) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cytossl_monai.networks.mil.base import MILModel
+from cytossl_monai.networks.mil.base import MILModel, masked_top_mean
 
 __all__ = ["OneClassMIL"]
 
@@ -40,7 +40,4 @@ class OneClassMIL(MILModel):
 
     def slide_scores(self, distance: Tensor, mask: Tensor) -> Tensor:
         """(B,) mean of the ``top_share`` largest distances of each bag (B, N); at least one tile counts."""
-        ordered = distance.masked_fill(~mask, float("-inf")).sort(dim=1, descending=True).values
-        count = (mask.sum(dim=1) * self.top_share).ceil().long().clamp_min(1)
-        counted = torch.arange(mask.shape[1], device=mask.device) < count.unsqueeze(1)
-        return ordered.masked_fill(~counted, 0.0).sum(dim=1) / count
+        return masked_top_mean(distance.unsqueeze(-1), mask, self.top_share).squeeze(-1)

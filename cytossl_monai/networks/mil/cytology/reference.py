@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cytossl_monai.networks.mil.base import MILOutput, full_mask, masked_softmax
 from cytossl_monai.networks.mil.cytology.one_class import OneClassMIL
+from cytossl_monai.networks.mil.cytology.statistics import draw_tiles, mean_of_slides, whitening
 
 __all__ = ["ReferenceBank"]
 
@@ -97,14 +98,12 @@ class ReferenceBank(OneClassMIL):
             raise ValueError(f"a bank of references takes two negative training slides at least, got {len(negative)}")
         if self.bank_size < len(negative):
             raise ValueError(f"bank_size is {self.bank_size}, less than a reference for each of {len(negative)} slides")
-        # Every slide counts alike, however many tiles it has.
-        self.centre.copy_(torch.stack([tiles.mean(dim=0) for tiles in negative]).mean(dim=0))
+        self.centre.copy_(mean_of_slides(negative))
         spread = torch.stack([((tiles - self.centre).T @ (tiles - self.centre)) / len(tiles) for tiles in negative])
-        variances, axes = torch.linalg.eigh(spread.mean(dim=0).double())
-        self.whitening.copy_(axes / (variances.clamp_min(0.0) + self.shrinkage).sqrt())
+        self.whitening.copy_(whitening(spread.mean(dim=0), self.shrinkage))
         share = self.bank_size // len(negative)
         generator = torch.Generator().manual_seed(0)
-        kept = [tiles[torch.randperm(len(tiles), generator=generator)[:share].sort().values] for tiles in negative]
+        kept = [draw_tiles(tiles, share, generator) for tiles in negative]
         self.bank = (torch.cat(kept) - self.centre) @ self.whitening
         slides = torch.cat([torch.full((len(tiles),), number) for number, tiles in enumerate(kept)])
         self.bank_slides = slides.to(self.bank.device)

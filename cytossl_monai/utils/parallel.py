@@ -18,9 +18,9 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from cytossl_monai.utils.errors import WorkerDiedError
+from cytossl_monai.utils.errors import InputError, RunError, WorkerDiedError
 
-__all__ = ["Outcome", "default_workers", "run_parallel"]
+__all__ = ["Outcome", "default_workers", "raise_failures", "run_parallel"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -60,6 +60,30 @@ def default_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)
+
+
+def raise_failures(failures: Sequence[Outcome[Any, Any]], n_items: int, what: str) -> None:
+    """End a run of which items failed with one sentence: which items, and each reason once. Without failures, nothing.
+
+    Args:
+        failures: outcomes with an error; ``str(item)`` names the item.
+        n_items: how many items there were.
+        what: what the items are, in the plural.
+
+    Raises:
+        InputError: when the same input failed them all: that error.
+        RunError: otherwise.
+    """
+    inputs = [f.error for f in failures if isinstance(f.error, InputError)]
+    if inputs and len(inputs) == n_items:
+        raise inputs[0]
+    alike: dict[str, list[str]] = {}
+    for failure in failures:
+        alike.setdefault(str(failure.error), []).append(str(failure.item))
+    if failures:
+        reasons = "; ".join(f"{', '.join(same)}: {why}" for why, same in alike.items())
+        count = f"{len(failures)} of {n_items} {what} failed"
+        raise RunError(f"{count} ({reasons}); the others are kept, start again to do those alone")
 
 
 def run_parallel(

@@ -18,7 +18,8 @@ lesion cell.
 
 Several rankings are compared in the same run: attention alone, tile score alone, and the two multiplied (what reports
 rank by). The intervals are bootstrap ones over the slides. Slides on which the classifier was trained flatter it: give
-others, or --folds, the output of cross-validation, where each slide is seen by the fold that was not trained on it.
+others, or --folds, the output of cross-validation, where each slide is seen by the folds (one a repeat) that were not
+trained on it, and their attention and scores are averaged.
 
 --supervised asks what the features could tell: a logistic regression learns from the truth tables themselves which
 tiles or cells of the training slides are lesions, and ranks those of the slides that it has not seen (five folds by
@@ -125,16 +126,19 @@ def places_of(bag: Features, index_dir: Path, slide_id: str) -> pd.DataFrame:
 
 
 def out_of_fold(folds: Path, index_dir: Path, features_dir: Path, output: Path) -> None:
-    """Tables of tiles of every slide, each by the fold that kept it out."""
-    for path in sorted(folds.glob("fold_*/fold.json")):
+    """Tables of tiles of every slide, each by the folds that kept it out: the mean of as many as there are repeats."""
+    judges: dict[str, list[SlideClassifier]] = {}
+    for path in sorted([*folds.glob("fold_*/fold.json"), *folds.glob("repeat_*/fold_*/fold.json")]):
         classifier = SlideClassifier(path.parent / "model.pt")
         for slide_id in json.loads(path.read_text())["slides"]:
-            bag = read_features(features_dir / f"{slide_id}.h5")
-            table = places_of(bag, index_dir, slide_id)
-            judged = classifier.predict(bag.features, bag.encoder, slide_id)
-            (output / slide_id).mkdir(parents=True, exist_ok=True)
-            table = table.assign(attention=judged.attention, score=judged.score)
-            table.to_parquet(output / slide_id / "tiles.parquet")
+            judges.setdefault(slide_id, []).append(classifier)
+    for slide_id, classifiers in judges.items():
+        bag = read_features(features_dir / f"{slide_id}.h5")
+        table = places_of(bag, index_dir, slide_id)
+        judged = [classifier.predict(bag.features, bag.encoder, slide_id) for classifier in classifiers]
+        means = {name: np.mean([getattr(j, name) for j in judged], axis=0) for name in ("attention", "score")}
+        (output / slide_id).mkdir(parents=True, exist_ok=True)
+        table.assign(**means).to_parquet(output / slide_id / "tiles.parquet")
 
 
 def without_held_crops(

@@ -86,6 +86,7 @@ def test_runs_once_resumes_and_refuses_other_settings(
     # What is written down is what the encoder does.
     encoder, _ = load_encoder(tmp_path / "whole" / "simclr" / "both" / "models" / "model.pt")
     task = whole.tasks[0]
+    assert AblationStudy(study, data, tmp_path / "seed1", repo_root_path, {"seed": 1}).tasks is whole.tasks  # read once
     again = knn_probe(encode(encoder, task.images), task.labels, task.folds).balanced_accuracy
     assert (rows[0]["knn"], rows[0]["knn_low"], rows[0]["knn_high"]) == (again.mean, again.low, again.high)
 

@@ -11,9 +11,14 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from cytossl_monai.data.bags.features import write_features
+from cytossl_monai.data.bags.features import read_features, write_features
+from cytossl_monai.inference import SlideClassifier
 from cytossl_monai.metrics import linear_probe
+from cytossl_monai.networks import MILClassifier, save_classifier
+from cytossl_monai.networks.mil.abmil import ABMIL
+from cytossl_monai.utils.files import write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +51,29 @@ def test_a_field_belongs_to_the_lesion_it_is_centred_in_or_to_the_nearest_cell(c
     assert [name.startswith("hsil") for name in wanted] == command.lesion_fields(fields, truth).tolist()
     assert set(command.crops_of(fields, truth[:0])) == {""}  # a slide without cells
     assert not command.lesion_fields(fields, truth[:0]).any()
+
+
+def test_cells_are_judged_by_every_repeat_that_kept_their_slide_out(command: ModuleType, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    attrs = {"instances": "nuclei", "encoder": "e", "patch_size_level0": 10}
+    for slide in ("a", "b"):
+        features = rng.normal(size=(6, 4)).astype(np.float32)
+        write_features(tmp_path / f"{slide}.h5", features, rng.integers(0, 90, (6, 2)), attrs)
+    held_out = {"fold_0": ["a"], "fold_1": ["b"], "repeat_1/fold_0": ["b"], "repeat_1/fold_1": ["a"]}
+    for number, (fold, slides) in enumerate(held_out.items()):
+        torch.manual_seed(number)
+        classifier = MILClassifier(ABMIL(4, 2), ["negative", "positive"], encoder={"hash": "e", "dim": 4})
+        save_classifier(tmp_path / fold / "model.pt", classifier)
+        write_json(tmp_path / fold / "fold.json", {"slides": slides})
+    command.out_of_fold(tmp_path, tmp_path, tmp_path, tmp_path / "out")
+    for slide, folds in {"a": ["fold_0", "repeat_1/fold_1"], "b": ["fold_1", "repeat_1/fold_0"]}.items():
+        bag = read_features(tmp_path / f"{slide}.h5")
+        judges = [SlideClassifier(tmp_path / fold / "model.pt") for fold in folds]
+        each = [judge.predict(bag.features, bag.encoder, slide) for judge in judges]
+        table = pd.read_parquet(tmp_path / "out" / slide / "tiles.parquet")
+        assert np.ptp([judged.attention for judged in each], axis=0).max() > 1e-3
+        np.testing.assert_allclose(table["attention"], np.mean([judged.attention for judged in each], axis=0))
+        np.testing.assert_allclose(table["score"], np.mean([judged.score for judged in each], axis=0))
 
 
 def test_crops_known_by_heart_are_worth_nothing_once_they_are_held_out(

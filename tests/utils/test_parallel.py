@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from cytossl_monai.utils.errors import WorkerDiedError
-from cytossl_monai.utils.parallel import Outcome, default_workers, run_parallel
+from cytossl_monai.utils.errors import InputError, RunError, WorkerDiedError
+from cytossl_monai.utils.parallel import Outcome, default_workers, raise_failures, run_parallel
 
 
 def work(item):
@@ -128,6 +128,15 @@ def test_spawned_workers():
 def test_progress_bar(capsys):
     list(run_parallel(abs, [-1, -2], title="making"))
     assert "making: 100%" in capsys.readouterr().err
+
+
+def test_failures_are_told_in_one_sentence_each_reason_once():
+    raise_failures([], 3, "folds")
+    full, torn = OSError("disk full"), InputError("a.h5 is torn")
+    with pytest.raises(RunError, match=r"^3 of 4 folds failed \(0, 2: disk full; 1: a.h5 is torn\); the others"):
+        raise_failures([Outcome(0, error=full), Outcome(1, error=torn), Outcome(2, error=full)], 4, "folds")
+    with pytest.raises(InputError, match=r"^a.h5 is torn$"):  # what fails them all is said as it is
+        raise_failures([Outcome(0, error=torn), Outcome(1, error=InputError("a.h5 is torn"))], 2, "folds")
 
 
 def test_arguments():

@@ -28,10 +28,10 @@ from cytossl_monai.networks.files import load_classifier, save_classifier
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.mil.ensemble import MILEnsemble
 from cytossl_monai.networks.open import check_made_by
-from cytossl_monai.utils.errors import InputError, RunError, SettingError, TableError
+from cytossl_monai.utils.errors import SettingError, TableError
 from cytossl_monai.utils.files import atomic_path, require_writable, write_json
 from cytossl_monai.utils.locks import folder_lock
-from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.parallel import default_workers, raise_failures, run_parallel
 
 __all__ = ["CrossValidation", "cross_validate"]
 
@@ -251,30 +251,18 @@ def _train_and_judge(
     num_workers: int | None,
 ) -> CrossValidation:
     """Train the folds that are not finished, pool what they predict, and write figures and ensemble."""
-    waiting = [job for job in jobs if finished(job) is None]
+    results = {(job.repeat, job.number): finished(job) for job in jobs}
+    waiting = [job for job in jobs if results[job.repeat, job.number] is None]
     if len(waiting) < len(jobs):
         logger.info("%d of %d folds are finished already", len(jobs) - len(waiting), len(jobs))
     workers = (1 if torch.cuda.is_available() else default_workers()) if num_workers is None else num_workers
-    failures = [
-        outcome for outcome in run_parallel(run_fold, waiting, workers, title="folds") if outcome.error is not None
-    ]
-    if failures:
-        inputs = [f.error for f in failures if isinstance(f.error, InputError)]
-        if len(inputs) == len(jobs):  # the same input fails them all
-            raise inputs[0]
-        alike: dict[str, list[str]] = {}
-        for failure in failures:
-            alike.setdefault(str(failure.error), []).append(str(failure.item))
-        reasons = "; ".join(f"{', '.join(same)}: {why}" for why, same in alike.items())
-        raise RunError(
-            f"{len(failures)} of {len(jobs)} folds failed ({reasons}); the others are kept, start again to do those "
-            "alone"
-        )
+    outcomes = run_parallel(run_fold, waiting, workers, title="folds")
+    raise_failures([outcome for outcome in outcomes if outcome.error is not None], len(jobs), "folds")
     place_of = {item["slide_id"]: i for i, item in enumerate(items)}
     n_repeats = 1 + max(job.repeat for job in jobs)
     each = np.zeros((n_repeats, len(items), len(items[0]["classes"])))
     for job in jobs:
-        result = finished(job)
+        result = results[job.repeat, job.number] or finished(job)
         assert result is not None, "a fold that did not fail has left its result"
         each[job.repeat, [place_of[s] for s in result["slides"]]] = result["probabilities"]
     probabilities = each.mean(axis=0)

@@ -23,10 +23,10 @@ from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import InputError, RunError, TableError, reason
+from cytossl_monai.utils.errors import InputError, TableError, reason
 from cytossl_monai.utils.files import atomic_path, file_fingerprint, require_writable
 from cytossl_monai.utils.locks import folder_lock
-from cytossl_monai.utils.parallel import default_workers, run_parallel
+from cytossl_monai.utils.parallel import default_workers, raise_failures, run_parallel
 from cytossl_monai.utils.program import plain_cause
 from cytossl_monai.visualize.curves_mil import plot_few_shot
 
@@ -81,6 +81,9 @@ class _Shot:
     data: dict[str, Any]
     train: tuple[dict[str, Any], ...]
     test: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        return f"k = {self.shots}, repeat {self.repeat}"
 
 
 def _run_shot(job: _Shot) -> dict[str, float]:
@@ -201,14 +204,7 @@ def _curve(folder: Path, jobs: Sequence[_Shot], stamp: str, num_workers: int | N
         rows.append({"stamp": stamp, "shots": job.shots, "repeat": job.repeat} | figures)
         with atomic_path(path) as partial:
             pd.DataFrame(rows).to_csv(partial, index=False)
-    if failures:
-        first = failures[0]
-        if len(failures) == len(jobs) and isinstance(first.error, InputError):  # the same input fails them all
-            raise first.error
-        raise RunError(
-            f"{len(failures)} of {len(jobs)} trainings failed (k = {first.item.shots}, repeat {first.item.repeat}: "
-            f"{first.error}); the others are kept, start again to do those alone"
-        )
+    raise_failures(failures, len(jobs), "trainings")
     runs = pd.DataFrame(rows)
     asked = {(job.shots, job.repeat) for job in jobs}
     runs = runs[[pair in asked for pair in zip(runs["shots"], runs["repeat"])]]

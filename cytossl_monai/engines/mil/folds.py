@@ -87,10 +87,9 @@ def finished(fold: FoldRun) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        load_classifier(model)
         if content["stamp"] != fold.stamp:
             return None
-        if content["model"] != sha256_file(model):
+        if not model.is_file() or content["model"] != sha256_file(model):
             raise CheckpointError(f"{model} is not the model that {path} tells of")
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s is done again: %s", fold, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -111,7 +112,6 @@ class AblationStudy:
     ) -> None:
         self.study, self.data, self.output = study, Path(data).resolve(), Path(output).resolve()
         self.root, self.extra = Path(root).resolve(), dict(extra or {})
-        self._tasks: list[LabelledImages] | None = None
 
     def runs(self, methods: Sequence[str] | None = None, arms: Sequence[str] | None = None) -> list[AblationRun]:
         """The runs of these methods and arms (default: all), in the order of the study.
@@ -146,13 +146,8 @@ class AblationStudy:
 
     @property
     def tasks(self) -> list[LabelledImages]:
-        """The labelled images, read at the first use."""
-        if self._tasks is None:
-            self._tasks = [
-                labelled_task(name, **{**settings, "source": self.data / settings["source"]})
-                for name, settings in self.study["tasks"].items()
-            ]
-        return self._tasks
+        """The labelled images, read at the first use; studies of other seeds share them."""
+        return _read_tasks(json.dumps(self.study["tasks"]), self.data)
 
     def folder(self, run: AblationRun) -> Path:
         """Where a run writes."""
@@ -237,6 +232,15 @@ class AblationStudy:
             torch.manual_seed(int(run.settings.get("seed", 0)))
             rows += self._probe(build_encoder(saved), {"method": "random weights", "arm": arm, "steps": 0}, device)
         return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _read_tasks(described: str, data: Path) -> list[LabelledImages]:
+    """Tasks of a study's JSON."""
+    return [
+        labelled_task(name, **{**settings, "source": data / settings["source"]})
+        for name, settings in json.loads(described).items()
+    ]
 
 
 def _speed(log: Path) -> dict[str, float | None]:

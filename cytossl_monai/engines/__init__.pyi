@@ -1,5 +1,6 @@
 from .bundle import bundle_root as bundle_root, run_training as run_training
 from .mil.cross_validate import cross_validate as cross_validate
+from .mil.evaluation import check_unseen as check_unseen
 from .mil.few_shot import few_shot_curve as few_shot_curve
 from .mil.predict import inference_items as inference_items, predict_items as predict_items
 from .mil.trainer import (
@@ -32,6 +33,7 @@ __all__ = [
     "build_optimizer",
     "bundle_root",
     "check_settings",
+    "check_unseen",
     "class_weights",
     "cross_validate",
     "fast_precision",

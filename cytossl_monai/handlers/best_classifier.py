@@ -15,6 +15,8 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
+from cytossl_monai.data.bags.choice import TilesPerSlided
+from cytossl_monai.data.bags.seen import seen_digests
 from cytossl_monai.engines.mil.trainer import BagMetric
 from cytossl_monai.metrics.calibration import class_shares, fit_calibration
 from cytossl_monai.networks.files import save_classifier
@@ -45,6 +47,9 @@ class BestClassifier:
         prior: ``seen`` and ``cohort`` of ``training_prior``: the bias is drawn to what takes the balanced draw of
             training back, and the probabilities stand for the cohort's shares. None: the validation slides alone.
         prevalence: (C,) shares of the classes where the classifier will be used; None: those of the cohort.
+        splits: items under ``train`` and ``val``: digests of these slides go into the file, by which `check_unseen`
+            knows them again. None: none.
+        tile_choice: of the tiles that the bags were made of; goes into the file, for the slides that are predicted.
         log_path: CSV with one line a validated epoch; None: none.
 
     Raises:
@@ -62,10 +67,13 @@ class BestClassifier:
         log_path: str | os.PathLike[str] | None = None,
         prior: Mapping[str, torch.Tensor] | None = None,
         prevalence: Sequence[float] | None = None,
+        splits: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+        tile_choice: TilesPerSlided | None = None,
     ) -> None:
         self.evaluator, self.classifier, self.path = evaluator, classifier, Path(path)
         self.patience, self.min_epochs, self.calibrate = patience, min_epochs, calibrate
         self.prior, self.prevalence = prior, prevalence
+        self.splits, self.tile_choice = splits, tile_choice
         if prevalence is not None:  # now, and not after the training
             classifier.check_prevalence(prevalence)
         self.log_path = None if log_path is None else Path(log_path)
@@ -126,6 +134,12 @@ class BestClassifier:
             self._calibrate(*self._logits)
         self.classifier.trained = True
         self.classifier.meta |= {"validation": None if closed_form else dict(self.best), "n_epochs": len(self.history)}
+        if self.splits is not None:
+            learned, chosen = list(self.splits["train"]), list(self.splits["val"])
+            self.classifier.meta["seen"] = seen_digests([*learned, *chosen] if closed_form else learned, chosen)
+        if self.tile_choice is not None and self.tile_choice.choice.tiles_per_slide is not None:
+            choice = self.tile_choice.choice
+            self.classifier.meta["tile_choice"] = [int(choice.tiles_per_slide or 0), int(choice.seed)]
         save_classifier(self.path, self.classifier)
         if self.log_path is not None:
             with atomic_path(self.log_path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:

@@ -31,6 +31,8 @@ class BagDataset(Dataset):
             gives a draw.
         encoder: ``hash`` and ``dim`` the features must have (``bag_encoder``); None takes any.
         cache_gb: keep loaded bags up to this many gigabytes; beyond it they are read again.
+        choice: applied once after loading, before all else, whatever the bag is for: training, statistics or a test
+            (`TilesPerSlided`). It gives the same tiles each time.
     """
 
     def __init__(
@@ -39,14 +41,16 @@ class BagDataset(Dataset):
         transform: Callable[[Item], Any] | Sequence[Callable[[Item], Any]] | None = None,
         encoder: Mapping[str, Any] | None = None,
         cache_gb: float = 2.0,
+        choice: Callable[[Item], Item] | None = None,
     ) -> None:
         super().__init__(data=list(data), transform=transform)
         self.load = LoadBagd(encoder=encoder)
+        self.choice = choice
         self._left = int(cache_gb * 1e9)
         self._cache: dict[int, Item] = {}
 
     def whole(self, index: int) -> Item:
-        """The bag of a slide as its file holds it, without any transform: ``features`` (N, D), ``coords`` (N, 2).
+        """The bag of a slide, its choice of tiles, without any transform: ``features`` (N, D), ``coords`` (N, 2).
 
         Raises:
             FeatureError: when the file cannot be read, or is of another encoder.
@@ -54,6 +58,8 @@ class BagDataset(Dataset):
         item = self._cache.get(index)
         if item is None:
             item = self.load(self.data[index])
+            if self.choice is not None:
+                item = self.choice(item)
             size = item["features"].nbytes + item["coords"].nbytes
             if size <= self._left:
                 self._left -= size

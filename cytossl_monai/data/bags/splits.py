@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.utils.errors import TableError
 
-__all__ = ["assign_folds", "check_patients", "check_training_labels", "fold_numbers", "hold_out", "split_items"]
+__all__ = [
+    "assign_folds",
+    "check_patients",
+    "check_training_labels",
+    "fold_numbers",
+    "hold_out",
+    "split_items",
+    "without_test",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def assign_folds(
@@ -204,7 +216,7 @@ def split_items(
 
     Raises:
         TableError: when a patient is on two sides, a side lacks a class, or the split is incomplete or unknown.
-        ValueError: when ``fold`` or ``test_fold`` is no fold, or both are the same.
+        ValueError: when ``fold`` or ``test_fold`` is no fold, both are the same, or test slides are named twice.
     """
     patients = [item["patient_id"] for item in items]
     given = [None if item.get("split") is None else str(item["split"]).strip().lower() for item in items]
@@ -213,6 +225,12 @@ def split_items(
         unknown = [f"{i['slide_id']}: {g!r}" for i, g in zip(items, given) if g not in _SIDES]
         if unknown:
             raise TableError(f"column split must say train, val or test for every slide; not so for {unknown[0]}")
+        for name, value in (("test_fold", test_fold), ("holdout", holdout)):
+            if value is not None:
+                raise ValueError(
+                    f"the slide table says train, val or test of each slide, and {name} {value} names test slides too: "
+                    f"set {name} to null, or leave split out of the table"
+                )
         sides = [_SIDES[str(g)] for g in given]
         check_patients(patients, sides, "split")
         if "val" not in sides:
@@ -258,6 +276,17 @@ def split_items(
                 "name the negative class first (classes), or choose another split"
             )
     return result
+
+
+def without_test(records: Sequence[SlideRecord]) -> list[SlideRecord]:
+    """The slides that the table does not keep for a test by its ``split``: what folds and draws may use.
+
+    Other words of the split, such as a datalist's section "training", do not matter to them.
+    """
+    kept = [r for r in records if _SIDES.get(str(r.extra.get("split") or "").strip().lower()) != "test"]
+    if len(kept) < len(records):
+        logger.info("%d slides that the table keeps for a test are left out", len(records) - len(kept))
+    return kept
 
 
 def fold_numbers(items: Sequence[dict[str, Any]], n_folds: int, seed: int = 0) -> np.ndarray:

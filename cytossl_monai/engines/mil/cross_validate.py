@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 
 from cytossl_monai.data.bags.items import bag_encoder, bag_items
-from cytossl_monai.data.bags.splits import fold_numbers
+from cytossl_monai.data.bags.seen import seen_digests
+from cytossl_monai.data.bags.splits import fold_numbers, without_test
 from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.engines.bundle import training_files
 from cytossl_monai.engines.mil.evaluation import write_evaluation
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 GIVEN = ("slides", "features_dir", "target", "classes", "seed", "output_dir", "model_path", "bundle_root")
 """Settings of ``train.json`` that the runs of a cross-validation or a few-shot curve are given."""
-_FOLDS = ("n_folds", "fold", "test_fold")
+_FOLDS = ("n_folds", "fold", "test_fold", "holdout", "items", "splits")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def cross_validate(
     """Train k classifiers, each without one fold of the patients, and judge each slide by the one that never saw it.
 
     Fold i is tested on, the fold after it decides when training stops, the others train: the test slides have no say in
-    their classifier. Finished folds are kept and not trained again unless slides, labels, features or settings changed.
+    their classifier. Slides that the table's ``split`` keeps for a test are left out of all folds. Finished folds are
+    kept and not trained again unless slides, labels, features or settings changed.
 
     Writes to ``output_dir``: ``fold_<i>/`` (model, log, predictions), ``predictions.csv`` (pooled, out of fold),
     ``metrics.json``, ``roc.png``, ``confusion_matrix.png``, and ``model.pt``: the folds' ensemble, for inference.
@@ -136,7 +138,7 @@ def cross_validate(
     output_dir, files = Path(output_dir), training_files(config, overlays)
     require_writable(output_dir)
     check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, *_FOLDS))
-    items = bag_items(slides, features_dir, target, classes)
+    items = bag_items(without_test(read_slide_table(slides)), features_dir, target, classes)
     made_by = bag_encoder(items)
     if encoder is not None:
         check_made_by(made_by, encoder, weights)
@@ -151,6 +153,8 @@ def cross_validate(
         numbers = sorted(set(folds.tolist()))
         _check_number(len(numbers), nested)
         stamp = fold_stamp(files, {**dict(overrides or {}), **own}, items, folds)
+        # Given as they are: no split of the table nor other folds can bring test slides into the training.
+        folded = [{**item, "split": None, "fold": int(fold)} for item, fold in zip(items, folds)]
         folder = output_dir / f"repeat_{repeat}" if repeat else output_dir
         for place, number in enumerate(numbers):
             following = numbers[(place + 1) % len(numbers)]
@@ -160,9 +164,9 @@ def cross_validate(
                     repeat,
                     files,
                     dict(overrides or {}),
-                    {**own, **places, "fold": following, "test_fold": number},
+                    {**own, **places, "items": folded, "fold": following, "test_fold": number},
                     str((folder / f"fold_{number}").resolve()),
-                    tuple(item for item, fold in zip(items, folds) if fold == number),
+                    tuple(item for item in folded if item["fold"] == number),
                     stamp,
                 )
             )
@@ -215,7 +219,7 @@ def _nested_probabilities(
 ) -> np.ndarray:
     """(n, C): each slide by the ensemble of a cross-validation of the other folds alone."""
     fold_of = {item["slide_id"]: int(fold) for item, fold in zip(items, folds)}
-    records = [record for record in read_slide_table(slides) if record.slide_id in fold_of]
+    records = [record for record in read_slide_table(slides) if record.slide_id in fold_of]  # without those of a test
     probabilities = np.zeros((len(items), len(items[0]["classes"])))
     for number in sorted(set(fold_of.values())):
         own = folder / f"fold_{number}"
@@ -290,8 +294,14 @@ def _train_and_judge(
         ),
         members[0].classes,
         target,
+        prevalence=torch.stack([m.prevalence for m in members]).mean(dim=0).tolist(),
         encoder=made_by,
-        meta={"out_of_fold": {name: i.as_dict() for name, i in intervals.items()}, "n_slides": len(items)},
+        meta={
+            "out_of_fold": {name: i.as_dict() for name, i in intervals.items()},
+            "n_slides": len(items),
+            "seen": seen_digests(items),
+            **{key: members[0].meta[key] for key in ("tile_choice",) if key in members[0].meta},
+        },
     )
     logger.info("ensemble of %s", [network_config(m.network)["_target_"] for m in members[:1]])
     path = save_classifier(output_dir / "model.pt", ensemble)

@@ -11,16 +11,60 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cytossl_monai.data.bags.seen import seen_items
 from cytossl_monai.metrics.bootstrap import Interval, bootstrap_intervals
 from cytossl_monai.metrics.calibration import brier_score, classwise_calibration_error, expected_calibration_error
 from cytossl_monai.metrics.classification import classification_metrics, decisions
+from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.utils.cells import plain_cell
+from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import atomic_path, write_json
 from cytossl_monai.visualize.curves_mil import plot_confusion_matrix, plot_reliability, plot_roc
 
-__all__ = ["prediction_table", "write_evaluation"]
+__all__ = ["check_unseen", "prediction_table", "write_evaluation"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_unseen(
+    classifier: MILClassifier, items: Sequence[dict[str, Any]], path: str | os.PathLike[str], allow_seen: bool = False
+) -> None:
+    """Refuse to judge a classifier on slides, or other slides of patients, that it learned from.
+
+    Slides that it was chosen and calibrated on are judged with a warning. Files of before version 0.2 do not say what
+    they have seen.
+
+    Args:
+        classifier: loaded from its file.
+        items: what it is to be judged on, see ``bag_items``.
+        path: of the file, for the message.
+        allow_seen: warn of slides that it learned from as well.
+
+    Raises:
+        InputError: for slides that it learned from.
+    """
+    seen = classifier.meta.get("seen")
+    learned, chosen = seen_items(items, seen), seen_items(items, seen, "chosen")
+    if learned:
+        what = (
+            f"{path} learned from {len(learned)} of the {len(items)} slides to judge, or from others of their patients "
+            f"({learned[0]['slide_id']} is one): figures on them flatter it"
+        )
+        if not allow_seen:
+            closed = " (this method learns from validation slides too)" if classifier.network.closed_form else ""
+            raise InputError(
+                f"{what}. Train with test_fold or holdout{closed} and give the same here, seed too, or judge other "
+                "slides; --allow_seen True judges these all the same"
+            )
+        logger.warning("%s", what)
+    elif chosen:
+        logger.warning(
+            "%s was chosen and calibrated on %d of the %d slides to judge: figures on them flatter it; for a report "
+            "train with test_fold or holdout",
+            path,
+            len(chosen),
+            len(items),
+        )
 
 
 def prediction_table(

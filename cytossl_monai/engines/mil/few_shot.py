@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 
 from cytossl_monai.data.bags.items import bag_items
-from cytossl_monai.data.bags.splits import assign_folds
+from cytossl_monai.data.bags.splits import assign_folds, without_test
+from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.engines.bundle import run_training, training_files
 from cytossl_monai.engines.mil.cross_validate import GIVEN
 from cytossl_monai.engines.mil.predict import predict_items
@@ -117,6 +118,8 @@ def few_shot_curve(
 ) -> pd.DataFrame:
     """Train on k slides a class, again and again, and test on other patients.
 
+    Slides that the table's ``split`` keeps for a test are left out.
+
     Writes ``few_shot_runs.csv`` (one row a run; runs found there are not repeated), ``few_shot.csv`` (one row a k:
     mean, 2.5th and 97.5th percentile over the repeats) and ``few_shot.png``.
 
@@ -149,14 +152,14 @@ def few_shot_curve(
     folder, files = Path(output_dir), training_files(config, overlays)
     require_writable(folder)
     check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, "splits", "patience", "calibrate"))
-    items = bag_items(slides, features_dir, target, classes)
+    items = bag_items(without_test(read_slide_table(slides)), features_dir, target, classes)
     labels = np.array([item["label"] for item in items])
     patients = [item["patient_id"] for item in items]
     settings = dict(overrides or {})
     data = {"slides": str(Path(slides).resolve()), "features_dir": str(Path(features_dir).resolve()), "target": target}
     data |= {"classes": items[0]["classes"], "bundle_root": str(Path(config).resolve().parents[1])}
     fingerprints = [file_fingerprint(path) for path in (*files, *(item["features"] for item in items))]
-    made_from = [fingerprints, settings, target, items[0]["classes"], seed, labels.tolist()]
+    made_from = [fingerprints, settings, target, items[0]["classes"], seed, labels.tolist(), patients]
     stamp = hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16]
     jobs = []
     for k in sorted(set(shots)):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cytossl_monai.data.bags.choice import TilesPerSlided
 from cytossl_monai.data.bags.dataset import BagDataset
 from cytossl_monai.data.bags.features import read_features
 from cytossl_monai.data.slide_table import read_slide_table
@@ -75,7 +76,7 @@ def inference_items(
 def predict_items(
     classifier: MILClassifier, items: Sequence[Item], device: str | torch.device = "cpu", batch_size: int = 1
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Predict slides.
+    """Predict slides, by the choice of their tiles that the classifier was trained with.
 
     Args:
         classifier: in ``eval()`` mode.
@@ -87,7 +88,8 @@ def predict_items(
         probabilities (n, C) and logits (n, K).
     """
     classifier = classifier.to(device).eval()
-    loader = bag_loader(BagDataset(items, encoder=classifier.encoder, cache_gb=0.0), batch_size)
+    choice = TilesPerSlided(*classifier.tile_choice)
+    loader = bag_loader(BagDataset(items, encoder=classifier.encoder, cache_gb=0.0, choice=choice), batch_size)
     probabilities, logits = [], []
     for batch in loader:
         prediction = classifier.predict(batch["features"].to(device), batch["mask"].to(device))

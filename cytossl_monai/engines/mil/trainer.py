@@ -196,13 +196,14 @@ def standardise(network: MILModel, dataset: BagDataset, validation: BagDataset |
         the network.
     """
     network.set_standardisation(*feature_statistics(dataset))
-    places = [(dataset, i) for i in range(len(dataset))]
+    places = [(dataset, i) for i in range(len(dataset.data))]
     if network.closed_form and validation is not None:
         known = {item["slide_id"] for item in dataset.data}
         places += [(validation, i) for i, item in enumerate(validation.data) if item["slide_id"] not in known]
         logger.info("%d slides, the validation slides among them, are learned from in closed form", len(places))
+    patients = [str(data.data[i]["patient_id"]) for data, i in places]
     bags = (data.whole(i) for data, i in places)
-    network.learn_bags((bag["features"], bag["label"]) for bag in bags)
+    network.learn_bags(((bag["features"], bag["label"]) for bag in bags), patients)
     return network
 
 

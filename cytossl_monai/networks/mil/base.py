@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: TorchScript must be able to read the annotations of MILOutput.
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -104,11 +104,12 @@ class MILModel(nn.Module):
         self.feature_std.copy_(std)
 
     @torch.jit.unused
-    def learn_bags(self, bags: Iterable[tuple[Tensor, Any]]) -> None:
+    def learn_bags(self, bags: Iterable[tuple[Tensor, Any]], patients: Sequence[str] | None = None) -> None:
         """Learn from the training slides what needs no gradient, once before training; most methods: nothing.
 
         Args:
             bags: features (N, D), as the encoder made them, and label of each.
+            patients: whose slide each is, for methods that hold slides out; None: each is of a patient of its own.
         """
 
     @torch.jit.unused

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class MILClassifier(nn.Module):
     Raises:
         ValueError: when classes, target and the network's outputs do not belong together.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["tile_choice"]
 
     def __init__(
         self,
@@ -104,6 +106,12 @@ class MILClassifier(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities (B, C) of the network's logits (B, K)."""
         return class_probabilities(logits / self.temperature, self.target, self.bias)
+
+    @property
+    def tile_choice(self) -> tuple[int | None, int]:
+        """How many tiles of a slide it was trained on, None for all, and the seed that chose them."""
+        number, seed = self.meta.get("tile_choice") or (None, 0)
+        return number, seed
 
     @torch.jit.unused
     def set_prevalence(self, prevalence: Sequence[float]) -> None:

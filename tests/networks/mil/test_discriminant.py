@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import expit, softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -157,11 +158,11 @@ def test_slope_and_offset_are_those_of_a_logistic_regression_on_held_out_slides(
             options={"xatol": 1e-7, "fatol": 1e-12, "maxiter": 4000},
         ).x
 
-    slope, offset = discriminant._fit_line(places, positive)
+    slope, offset = (value.item() for value in discriminant._fit_logits(places[:, None], positive.astype(int)))
     wanted = regression(1.0, 1 / (30 * 0.25))
     assert (slope, offset) == pytest.approx((1.0 + wanted[0], wanted[1]), abs=1e-3)
     monkeypatch.setattr(discriminant, "_SLOPE_SPREAD", 1e3)  # no prior to speak of: scikit-learn's own regression
-    slope, offset = discriminant._fit_line(places, positive)
+    slope, offset = (value.item() for value in discriminant._fit_logits(places[:, None], positive.astype(int)))
     plain = LogisticRegression(C=1e6, tol=1e-10, max_iter=1000).fit(
         np.concatenate([places, places])[:, None],
         np.repeat([1, 0], 30),
@@ -171,17 +172,73 @@ def test_slope_and_offset_are_those_of_a_logistic_regression_on_held_out_slides(
     assert offset == pytest.approx(plain.intercept_[0], abs=1e-2)
 
 
-def test_what_tells_nothing_is_not_sure_of_itself() -> None:
-    """Labels at random: on the slides that it learned from as well, it says neither yes nor no."""
+def test_logits_of_several_classes_are_those_of_a_multinomial_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discriminant, "_SLOPE_SPREAD", 1e3)
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [20, 12, 8])
+    places = rng.normal(size=(40, 2)) + np.array([[0, 0], [1.5, 0.5], [0.5, 1.5]])[labels]
+    counts = np.bincount(labels)[labels][:, None]
+    target = np.where(np.eye(3, dtype=bool)[labels], counts + 1, 0.5) / (counts + 2)
+    slope, offset = discriminant._fit_logits(places, labels)
+    plain = LogisticRegression(C=1e6, tol=1e-10, max_iter=1000).fit(
+        np.tile(places, (3, 1)), np.repeat([0, 1, 2], 40), sample_weight=(target / counts / 3).T.ravel()
+    )
+    wanted = plain.predict_proba(places)
+    logits = np.column_stack([np.zeros(40), places @ slope + offset])
+    np.testing.assert_allclose(softmax(logits, axis=1), wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize("tiles", [1, 4, 40])
+def test_what_tells_nothing_is_not_sure_of_itself(tiles: int) -> None:
+    """Labels at random, few cells against many features too: new slides cost little more than a coin's log loss."""
     generator = torch.Generator().manual_seed(0)
-    bags = [(torch.randn(40, 8, generator=generator), number % 2) for number in range(20)]
-    model = taught(bags)
-    sure = [float(torch.softmax(model(features[None]).logits[0], 0).max()) for features, _ in bags]
-    assert max(sure) < 0.9
-    assert float(model.slope.detach().min()) > 0  # it ranks all the same
+    for slides in (4, 6, 20):
+        bags = [(torch.randn(tiles, 16, generator=generator), number % 2) for number in range(slides)]
+        model = taught(bags)
+        new = torch.cat([model(torch.randn(1, tiles, 16, generator=generator)).logits for _ in range(200)])
+        assert F.cross_entropy(new, torch.arange(200) % 2).item() < (1.5 if slides < 20 else 0.85)
+        assert float(model.slope.detach().min()) > 0  # it ranks all the same
 
 
-def test_several_classes_each_against_the_rest() -> None:
+def test_no_slide_is_judged_by_what_learned_from_its_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    bags = cohort(slides=24)
+    patients = [f"p{number % 12}" for number in range(24)]  # both slides of a patient have its label, far apart
+    learned: list[set[str]] = []
+    names = {float(bag[0, 0]): patient for (bag, _), patient in zip(bags, patients, strict=True)}
+    model = CellDiscriminant(8)  # which has no standardisation yet: the features stay as they are
+    learn = model._learn
+
+    def watched(cells: list[torch.Tensor], labels: np.ndarray) -> None:
+        learned.append({names[float(tiles[0, 0])] for tiles in cells})
+        learn(cells, labels)
+
+    monkeypatch.setattr(model, "_learn", watched)
+    model.learn_bags(bags, patients)
+    assert learned.pop() == set(patients)
+    assert len(learned) == 5
+    held_out = [set(patients) - seen for seen in learned]
+    assert sorted(name for names in held_out for name in names) == sorted(set(patients))
+
+
+def test_grades_on_one_axis_are_told_apart() -> None:
+    """NILM, LSIL, HSIL: the middle one lies between the others, so that a contrast with both has no direction."""
+    generator = torch.Generator().manual_seed(0)
+
+    def graded(slides: int) -> Bags:
+        bags = []
+        for number in range(slides):
+            features = torch.randn(60, 8, generator=generator)
+            features[:6, 0] += 3.0 * (number % 3)
+            bags.append((features, number % 3))
+        return bags
+
+    model, new = taught(graded(36), 3), graded(60)
+    predicted = torch.cat([model(features[None]).logits for features, _ in new]).argmax(dim=1).numpy()
+    truth = np.array([label for _, label in new])
+    assert [np.mean(predicted[truth == grade] == grade) > 0.75 for grade in range(3)] == [True] * 3
+
+
+def test_several_classes_each_against_the_first() -> None:
     model, new = taught(cohort(slides=24, classes=3), 3), cohort(seed=7, slides=60, classes=3)
     predicted = torch.cat([model(features[None]).logits for features, _ in new]).argmax(dim=1).numpy()
     assert np.mean(predicted == [label for _, label in new]) > 0.85

@@ -1,11 +1,12 @@
 """A linear discriminant of cells that is learned from the labels of slides, by self-training."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
 from cytossl_monai.networks.mil.base import MILModel, MILOutput, full_mask, masked_softmax, masked_top_mean
@@ -13,32 +14,36 @@ from cytossl_monai.networks.mil.cytology.statistics import draw_tiles, mean_of_s
 
 __all__ = ["CellDiscriminant"]
 
+logger = logging.getLogger(__name__)
+
 _FOLDS = 5
 _MOST_CELLS = 200_000  # of all training slides together: of 304 features 240 MB
 _SLOPE_SPREAD = 0.5
-_LEAST_SLOPE = 0.05  # a score that told nothing on held-out slides still ranks, at probabilities close to one another
+_LEAST_SLOPE = 0.05
 
 
 class CellDiscriminant(MILModel):
     """Finds the direction in which the cells of positive slides differ, and judges a slide by its leading cells.
 
     For tens of slides with few lesion cells each: attention has thousands of weights to learn from a label a slide, a
-    discriminant has one direction, in closed form, in a second. For every class but the first:
+    discriminant has one direction, in closed form, in a second. For every class but the first, against the first:
 
     1. Each cell takes the label of its slide; the direction is the difference of the two groups' means, each slide
        counting alike, in features whitened by their covariance (Fisher's discriminant).
     2. Of each slide of the class, only the ``positive_share`` of its cells that lead are kept, and the direction is
        found anew, ``rounds`` times (after mi-SVM, Andrews et al., "Support Vector Machines for Multiple-Instance
-       Learning", NeurIPS 2002). The cells of other slides are known not to be of the class and all stay.
+       Learning", NeurIPS 2002). The cells of slides of the first class are known not to be lesions and all stay.
 
     Slides of one label differ in stain and thickness, and of tens of slides the positive ones are always a little
     redder or bluer. The scatter of the means of slides of one label is therefore added to the covariance,
     ``slide_scatter`` times, which makes directions in which slides differ as a whole count little (after within-class
     covariance normalisation in speaker recognition, Hatch et al., Interspeech 2006).
 
-    A cell's score is its place along the direction in deviations of the other slides' cells; a slide's is the mean of
-    the ``top_share`` that lead. Slope and offset, which make logits of scores, are fitted on slides that the direction
-    was not learned from (five parts of the training slides). Nothing is trained by gradient: one epoch is enough.
+    A cell's score is its place along the direction, in deviations of the cells of slides of the first class that the
+    direction was not learned from; a slide's is the mean of the ``top_share`` that lead. Slopes and offsets, which make
+    logits of scores, are fitted on slides that the directions were not learned from (five parts of the training slides,
+    by patient). Of several lesion classes each logit sees the scores along all directions: grades lie on one another's.
+    Nothing is trained by gradient: one epoch is enough.
 
     Attention is the softmax of the cells' largest logits; cell scores are logits on the scale of the slide's.
 
@@ -85,15 +90,15 @@ class CellDiscriminant(MILModel):
         self.centres: Tensor
         self.register_buffer("directions", torch.zeros(in_features, n_outputs - 1))
         self.register_buffer("centres", torch.zeros(n_outputs - 1))
-        self.slope = nn.Parameter(torch.ones(n_outputs - 1))
+        self.slope = nn.Parameter(torch.eye(n_outputs - 1))
         self.offset = nn.Parameter(torch.zeros(n_outputs - 1))
 
     def forward_bag(self, features: Tensor, mask: Tensor) -> MILOutput:
         """See ``MILModel.forward_bag``."""
         slope, offset = self.slope.detach(), self.offset.detach()
         places = features @ self.directions - self.centres  # (B, N, K - 1)
-        slide = slope * masked_top_mean(places, mask, self.top_share) + offset
-        cells = slope * places + offset
+        slide = masked_top_mean(places, mask, self.top_share) @ slope + offset
+        cells = places @ slope + offset
         attention = masked_softmax(cells.max(dim=2).values, mask)
         scores = _logits(cells).masked_fill(~mask.unsqueeze(-1), 0.0)
         extra: dict[str, Tensor] = {}
@@ -106,15 +111,15 @@ class CellDiscriminant(MILModel):
 
     @torch.jit.unused
     @torch.no_grad()
-    def learn_bags(self, bags: Iterable[tuple[Tensor, int]]) -> None:
-        """Find the directions, and fit slope and offset on slides that they were not learned from.
+    def learn_bags(self, bags: Iterable[tuple[Tensor, int]], patients: Sequence[str] | None = None) -> None:
+        """Find the directions, and fit slopes and offsets on slides of patients that they were not learned from.
 
-        The five parts are runs of slides in the order of the table, class by class, so that slides of a patient that
-        stand together stay together.
+        The five parts are runs of patients in the order of the table, class by class.
 
         Args:
             bags: features (N, D) and label of every training slide. At most 200,000 of their cells are learned
                 from, drawn alike from every slide, and in memory at once.
+            patients: whose slide each is; None: each is of a patient of its own.
 
         Raises:
             ValueError: when a class has no training slide, and for labels of several classes.
@@ -126,20 +131,39 @@ class CellDiscriminant(MILModel):
                 f"a discriminant of cells takes a training slide of each of {self.n_outputs} classes at least "
                 f"(target multiclass), got {counts.tolist()}"
             )
-        everyone = np.arange(len(cells))
-        places = torch.zeros(len(cells), self.n_outputs - 1)
-        folds = min(_FOLDS, int(counts.min()))
-        part = np.zeros(len(cells), dtype=int)
-        for kind, count in enumerate(counts):
-            part[labels == kind] = np.arange(count) * folds // count
-        for fold in range(folds):
-            seen = (part != fold) | (folds == 1)  # one slide of a class: it is all that can be looked at
-            self._learn([cells[i] for i in everyone[seen]], labels[seen])
-            for i in everyone[part == fold]:
-                places[i] = self._judge(cells[i])
-        for k in range(self.n_outputs - 1):
-            self.slope[k], self.offset[k] = _fit_line(places[:, k].double().numpy(), labels == k + 1)
+        part = _parts(labels, [str(i) for i in range(len(cells))] if patients is None else patients)
+        places, spread = self._held_out(cells, labels, part)
+        slope, offset = _fit_logits(places / spread, labels)
         self._learn(cells, labels)
+        self.slope.copy_(torch.from_numpy(slope / spread[:, None]))
+        self.offset.copy_(torch.from_numpy(offset))
+
+    @torch.jit.unused
+    def _held_out(self, cells: Sequence[Tensor], labels: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slides' places (n, K - 1) by directions of other parts, and how far the first class scatters (K - 1,).
+
+        In deviations of the cells that were learned from: about 1 for many cells, far more where there are few for so
+        many features.
+        """
+        everyone = np.arange(len(cells))
+        places = torch.zeros(len(cells), self.n_outputs - 1, dtype=torch.float64)
+        squares: list[Tensor] = []
+        single = False
+        for fold in np.unique(part):
+            seen, judged = part != fold, everyone[part == fold]
+            if len(np.unique(labels[seen])) < self.n_outputs:  # all patients of a class are here: nothing to hold out
+                seen[:] = single = True
+            self._learn([cells[i] for i in everyone[seen]], labels[seen])
+            for i in judged:
+                at = (cells[i] @ self.directions - self.centres).double()
+                places[i] = masked_top_mean(at[None], full_mask(at[None]), self.top_share)[0]
+                if labels[i] == 0:
+                    squares.append(at.square().mean(dim=0))
+        spread = torch.stack(squares).mean(dim=0).sqrt().clamp_min(1.0)
+        if single:
+            logger.warning("a class has one patient: the probabilities rest on slides that were learned from")
+            spread = torch.maximum(spread, places.std(dim=0, correction=0))  # what was learned from scatters little
+        return places.numpy(), spread.numpy()
 
     @torch.jit.unused
     def _draw(self, bags: Iterable[tuple[Tensor, int]]) -> tuple[list[Tensor], np.ndarray]:
@@ -158,20 +182,14 @@ class CellDiscriminant(MILModel):
         return cells, np.array(labels, dtype=int)
 
     @torch.jit.unused
-    def _judge(self, tiles: Tensor) -> Tensor:
-        """(K - 1,) place of one slide's standardised cells (N, D)."""
-        places = (tiles @ self.directions - self.centres)[None]
-        return masked_top_mean(places, full_mask(places), self.top_share)[0]
-
-    @torch.jit.unused
     def _learn(self, cells: Sequence[Tensor], labels: np.ndarray) -> None:
         """Directions and centres from the standardised cells of some slides."""
         to_white = whitening(self._covariance(cells, labels), self.shrinkage).float()
         white = [tiles @ to_white for tiles in cells]
+        others = [tiles for tiles, label in zip(white, labels, strict=True) if label == 0]
+        rest = mean_of_slides(others)
         for k in range(self.n_outputs - 1):
             own = [tiles for tiles, label in zip(white, labels, strict=True) if label == k + 1]
-            others = [tiles for tiles, label in zip(white, labels, strict=True) if label != k + 1]
-            rest = mean_of_slides(others)
             direction = mean_of_slides(own) - rest
             for _ in range(self.rounds):
                 kept = [tiles[(tiles @ direction).topk(self._leading(tiles)).indices] for tiles in own]
@@ -206,25 +224,48 @@ def _logits(places: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(places[..., :1]), places], dim=-1)
 
 
-def _fit_line(places: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of a logistic regression, both classes alike in weight (Platt's targets against certainty).
+def _parts(labels: np.ndarray, patients: Sequence[str]) -> np.ndarray:
+    """(n,) part of every slide: all slides of a patient in one, patients of a class in runs of the table's order."""
+    kind_of = {patient: int(label) for patient, label in zip(patients[::-1], labels[::-1], strict=True)}  # of its first
+    counts = np.bincount(list(kind_of.values()))
+    folds = min(_FOLDS, int(counts[counts > 0].min()))
+    part_of: dict[str, int] = {}
+    dealt = np.zeros(len(counts), dtype=int)
+    for patient in dict.fromkeys(patients):
+        kind = kind_of[patient]
+        part_of[patient] = int(dealt[kind] * folds // counts[kind])
+        dealt[kind] += 1
+    return np.array([part_of[patient] for patient in patients])
 
-    A deviation is taken for about a unit of the logit until the slides say else, so that folds of few slides give
-    probabilities that can be compared: a normal prior of the slope, 1 with a deviation of 0.5, once a training.
+
+def _fit_logits(places: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes (K - 1, K - 1) and offsets (K - 1,) of a logistic regression of places (n, K - 1), all classes alike.
+
+    The targets are Platt's, against certainty. A deviation along a class's own direction is taken for about a unit of
+    its logit until the slides say else, so that folds of few slides give probabilities that can be compared: a normal
+    prior of the slopes, the unit matrix with a deviation of 0.5, once a training.
     """
-    n, n_positive = len(places), int(positive.sum())
-    target = np.where(positive, (n_positive + 1) / (n_positive + 2), 1 / (n - n_positive + 2))
-    weight = np.where(positive, 0.5 / n_positive, 0.5 / (n - n_positive))
+    n, size = places.shape
+    counts = np.bincount(labels, minlength=size + 1)
+    target = np.where(np.eye(size + 1, dtype=bool)[labels], counts[labels][:, None] + 1, 1 / size)
+    target /= counts[labels][:, None] + 2
+    weight = 1 / ((size + 1) * counts[labels])
     prior = 1 / (n * _SLOPE_SPREAD**2)
-    middle = places.mean()
+    middle = places.mean(axis=0)
+    own = np.eye(size)
 
-    def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
-        logit = line[0] * (places - middle) + line[1]
-        cost = weight @ (np.logaddexp(0, logit) - target * logit) + 0.5 * prior * (line[0] - 1) ** 2
-        slant = weight * (expit(logit) - target)
-        return float(cost), np.array([slant @ (places - middle) + prior * (line[0] - 1), slant.sum()])
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, offset = flat[:-size].reshape(size, size), flat[-size:]
+        logits = np.column_stack([np.zeros(n), (places - middle) @ slope + offset])
+        cost = -weight @ (target * log_softmax(logits, axis=1)).sum(axis=1)
+        slant = (weight[:, None] * (softmax(logits, axis=1) - target))[:, 1:]
+        slopes = (places - middle).T @ slant + prior * (slope - own)
+        cost += 0.5 * prior * ((slope - own) ** 2).sum()
+        return float(cost), np.concatenate([slopes.ravel(), slant.sum(axis=0)])
 
-    slope, offset = minimize(
-        loss, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[(_LEAST_SLOPE, None), (None, None)]
-    ).x
-    return float(slope), float(offset - slope * middle)
+    # A score that told nothing on held-out slides still ranks, at probabilities close to one another.
+    bounds = [(_LEAST_SLOPE if row == column else None, None) for row in range(size) for column in range(size)]
+    start = np.concatenate([own.ravel(), np.zeros(size)])
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[*bounds, *[(None, None)] * size]).x
+    slope, offset = found[:-size].reshape(size, size), found[-size:]
+    return slope, offset - middle @ slope

@@ -1,6 +1,6 @@
 """Nearest reference cells: how far a slide's tiles lie from those of negative slides (after PatchCore)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,12 +74,13 @@ class ReferenceBank(OneClassMIL):
 
     @torch.jit.unused
     @torch.no_grad()
-    def learn_bags(self, bags: Iterable[tuple[Tensor, int]]) -> None:
+    def learn_bags(self, bags: Iterable[tuple[Tensor, int]], patients: Sequence[str] | None = None) -> None:
         """Fill the bank, whiten, and standardise the scores by the negative training slides.
 
         Args:
             bags: features (N, D) and label of every training slide; label 0 is negative. The features of all negative
                 slides are in memory at once.
+            patients: not looked at: no slide is held out.
 
         Raises:
             ValueError: when fewer than two slides are negative: none could be judged by another's cells; when a slide

@@ -111,7 +111,8 @@ def bundle_command(name: str, settings: dict[str, str], overlays: Sequence[str] 
     Args:
         name: key of ``COMMANDS``.
         settings: values as they are typed.
-        overlays: configurations laid over the bundle's.
+        overlays: configurations laid over the bundle's; over those of the trainings that it starts, where it is a
+            cross-validation.
 
     Raises:
         InputError: for a setting that is unknown or missing, or an overlay that does not exist.
@@ -119,13 +120,20 @@ def bundle_command(name: str, settings: dict[str, str], overlays: Sequence[str] 
     command = COMMANDS[name]
     config = _config(command)
     known = read_settings(config)[1]
-    for overlay in overlays:
+    # A cross-validation or few-shot curve starts trainings: what is laid over it is meant for these.
+    trains = any(setting.name == "overlays" for setting in known)
+    for overlay in [] if trains else overlays:
         known = known + read_settings(Path(overlay))[1]
     check_names(list(settings), known, name)
     for key in command.required:
         if key not in settings:
             raise InputError(f"cytossl {name} needs --{key}; cytossl {name} --help says what it is")
-    files = str(config) if not overlays else str([str(config), *(str(Path(o).absolute()) for o in overlays)])
+    paths = [str(Path(overlay).absolute()) for overlay in overlays]
+    if paths and trains:
+        if "overlays" in settings:
+            raise InputError(f"cytossl {name}: --overlay and --overlays mean the same here; give one of them")
+        settings, paths = {**settings, "overlays": str(paths)}, []
+    files = str([str(config), *paths]) if paths else str(config)
     line = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
     for key, value in settings.items():
         line += [f"--{key}", value]

@@ -52,8 +52,8 @@ class SlideToBag(Transform):
     Args:
         encoder: encoder file (``model.pt`` of pretraining), or any other that `open_encoder` opens.
         work_dir: folder for the index.
-        tile_size: side of a tile in pixels at ``mpp``.
-        mpp: micrometres per pixel that tiles are read at.
+        tile_size: side of a tile in pixels at ``mpp``; None: that of the encoder's card or file, else 224.
+        mpp: micrometres per pixel that tiles are read at; None: that of the encoder's card or file, else 0.5.
         index_settings: other fields of `IndexSettings`; None takes the defaults.
         batch_size: tiles at once.
         device: where to decode, to find nuclei and to encode.
@@ -70,8 +70,8 @@ class SlideToBag(Transform):
         self,
         encoder: str | os.PathLike[str],
         work_dir: str | os.PathLike[str],
-        tile_size: int = 224,
-        mpp: float = 0.5,
+        tile_size: int | None = None,
+        mpp: float | None = None,
         index_settings: Mapping[str, Any] | None = None,
         batch_size: int = 32,
         device: str | torch.device = "cpu",
@@ -88,8 +88,8 @@ class SlideToBag(Transform):
         # In this process: the SDK's runtime installs signal handlers and threads that a forked one must not inherit.
         self.index = IndexSlided(
             work_dir,
-            tile_size,
-            mpp,
+            int(tile_size or self.encoder.meta.get("tile_size") or 224),
+            float(mpp or self.encoder.meta.get("mpp") or 0.5),
             index_settings,
             num_threads,
             device,

@@ -46,7 +46,12 @@ class CytoSSLApp(Application):
         models = Path(settings.model)
         check_exported(models / "model.ts", settings.config)  # before the SDK builds anything from it
         self.slides = find_slides(settings.input, settings.mpp)
-        self.read = SlideToBag(models / "encoder.pt", output / "cache" / "index")
+        self.read = SlideToBag(
+            models / "encoder.pt",
+            output / "cache" / "index",
+            instances=settings.instances,
+            fields={"size": settings.field_size, "mpp": settings.field_mpp},
+        )
         self.writer = PredictionWriter(
             models / "model.ts", models / "classifier.pt", output, self.read.encoder, self.read.encoder_hash
         )
@@ -83,6 +88,11 @@ def main() -> int:
     parser.add_argument("-m", "--model", default=environment("HOLOSCAN_MODEL_PATH", "models"))
     parser.add_argument("--config", default=CONFIG, help="the inference.json that model.ts was exported with")
     parser.add_argument("--mpp", type=float, help="micrometres per pixel, where the slides do not say")
+    parser.add_argument(
+        "--instances", default="tiles", choices=("tiles", "nuclei"), help="as the classifier was trained"
+    )
+    parser.add_argument("--field_size", type=int, default=96, help="of a nucleus' field, pixels at --field_mpp")
+    parser.add_argument("--field_mpp", type=float, default=0.5, help="of a nucleus' field, micrometres per pixel")
     settings = parser.parse_args()
     if not settings.input:
         parser.error("give the slide, or a folder of slides, with --input")

@@ -62,6 +62,12 @@ def test_show_prints_the_bundle_form(capsys: pytest.CaptureFixture[str]) -> None
     overlay = ROOT / "configs" / "ssl" / "dino.yaml"
     line = bundle_command("pretrain", {"index_dir": "index", "views#local_size": "64"}, [str(overlay)])
     assert line[line.index("--config_file") + 1] == str([str(config("pretrain")), str(overlay)])
+    method = str(ROOT / "configs" / "mil" / "discriminant.yaml")  # for the trainings that a cross-validation starts
+    line = bundle_command("train-mil", {"slides": "s.csv", "features_dir": "f"}, [method])
+    assert line[line.index("--config_file") + 1] == str(config("train-mil"))
+    assert line[line.index("--overlays") + 1] == str([method])
+    with pytest.raises(InputError, match="--overlay and --overlays mean the same"):
+        bundle_command("train-mil", {"slides": "s.csv", "features_dir": "f", "overlays": "[]"}, [method])
 
 
 @pytest.mark.parametrize(

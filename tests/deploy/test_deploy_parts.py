@@ -18,7 +18,7 @@ from cytossl_monai.deploy.operators import PredictionWriterOperator, SlideToBagO
 from cytossl_monai.deploy.prediction_writer import PredictionWriter
 from cytossl_monai.deploy.slide_bag import SlideToBag, find_slides
 from cytossl_monai.engines.mil.trainer import BagInferer
-from cytossl_monai.networks.files import save_classifier, save_encoder
+from cytossl_monai.networks.files import load_encoder, save_classifier, save_encoder
 from cytossl_monai.networks.mil.abmil import ABMIL
 from cytossl_monai.networks.mil.classifier import MILClassifier
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
@@ -72,6 +72,17 @@ def read(folder):
 def writer(folder, read, out, **more):
     given = {"model": folder / "model.ts", "classifier": folder / "classifier.pt", "files": ["tiles"], **more}
     return PredictionWriter(output_dir=out, encoder=read.encoder, encoder_hash=read.encoder_hash, **given)
+
+
+def test_tiles_are_read_as_the_encoder_was_trained_on_them(folder, read, tmp_path):
+    """By the bundle's rule: what the encoder's file says, else 224 px at 0.5 um/px."""
+    assert (read.index.settings.tile_size, read.index.settings.mpp) == (224, 0.5)
+    encoder, _ = load_encoder(folder / "encoder.pt")
+    save_encoder(tmp_path / "encoder.pt", encoder, {"tile_size": 512, "mpp": 0.25})
+    told = SlideToBag(tmp_path / "encoder.pt", tmp_path).index.settings
+    assert (told.tile_size, told.mpp) == (512, 0.25)
+    asked = SlideToBag(tmp_path / "encoder.pt", tmp_path, tile_size=256).index.settings
+    assert (asked.tile_size, asked.mpp) == (256, 0.25)
 
 
 def test_operators_from_slides_to_files(folder, read, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,48 @@ def test_frames_are_read_like_libjpeg_reads_them() -> None:
             jpeg_frame(data[:cut])  # never an error
     assert jpeg_frame(b"\xff\xd8" + b"\xff" * 50) is None
     assert jpeg_frame(b"\xff\xd8\xff\xe0\x00\x00" + bytes(50)) is None
+
+
+FRAMES = {
+    "baseline": ("RGB", {}),
+    "progressive": ("RGB", {"progressive": True}),
+    "every pixel its colour": ("RGB", {"subsampling": 0}),
+    "restarts": ("RGB", {"restart_marker_blocks": 4}),
+    "grey": ("L", {}),
+    "grey progressive": ("L", {"progressive": True}),
+}
+
+
+def jpeg(image: np.ndarray, kind: str) -> bytes:
+    mode, options = FRAMES[kind]
+    buffer = io.BytesIO()
+    Image.fromarray(image[:400, :500]).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_whole_jpeg_frames_are_read(image: np.ndarray, tmp_path: Path, kind: str) -> None:
+    for name, behind in (("whole.jpg", b""), ("more.jpeg", b"what some cameras write behind the image")):
+        (tmp_path / name).write_bytes(jpeg(image, kind) + behind)
+        with open_slide(tmp_path / name, mpp=0.25) as slide:
+            assert slide.read_region(0, 0, (500, 400)).std() > 20
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+@pytest.mark.parametrize("damage", ["half", "third", "last bytes", "noise"])
+def test_jpeg_frames_that_are_cut_or_damaged_are_refused(
+    image: np.ndarray, tmp_path: Path, kind: str, damage: str
+) -> None:
+    """ITK reads each of them, with grey or noise where nothing can be decoded."""
+    data, path = jpeg(image, kind), tmp_path / "frame.jpg"
+    middle = len(data) // 2
+    noise = np.random.default_rng(0).integers(0, 256, 3000, dtype=np.uint8).tobytes()
+    cuts = {
+        "half": data[:middle],
+        "third": data[: len(data) // 3],
+        "last bytes": data[:-60],
+        "noise": data[:middle] + noise + data[middle + len(noise) :],
+    }
+    path.write_bytes(cuts[damage])
+    with pytest.raises(SlideError, match=r"frame\.jpg .*its JPEG image is cut short or damaged \(.+\)"):
+        open_slide(path, mpp=0.25)

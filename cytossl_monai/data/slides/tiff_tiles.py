@@ -295,19 +295,33 @@ def _decoder_complaint(level: _Level, tile: int, handle: int) -> str | None:
     data = os.pread(handle, count, offset)
     try:
         if level.compression in _JPEG and level.samples in (1, 3):
-            import simplejpeg
-
-            if level.tables:
-                data = level.tables[:-2] + data[2:]
-            colour = "GRAY" if level.samples == 1 else "RGB"
-            simplejpeg.decode_jpeg(data, colour, min_height=1, min_width=1, strict=True)
-            return None
+            return jpeg_complaint(level.tables[:-2] + data[2:] if level.tables else data, level.samples)
         pixels, _, shape = level.page.decode(data, tile, jpegtables=level.tables)
         if pixels is not None and pixels.size < int(np.prod(shape)):
             return "it decodes to fewer pixels than it should"
     except Exception as error:  # noqa: BLE001 - every codec has an error class of its own
-        return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        return _in_short(error)
     return None
+
+
+def jpeg_complaint(data: bytes, components: int = 3) -> str | None:
+    """What libjpeg says of a JPEG image, its warnings included; None where it is whole.
+
+    Args:
+        data: the image, with its tables.
+        components: 1 where it is grey.
+    """
+    import simplejpeg
+
+    try:  # at an eighth of the size, which reads every byte and takes a fraction of the time
+        simplejpeg.decode_jpeg(data, "GRAY" if components == 1 else "RGB", min_height=1, min_width=1, strict=True)
+    except Exception as error:  # noqa: BLE001 - ValueError, or what Cython makes of a file that is none
+        return _in_short(error)
+    return None
+
+
+def _in_short(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
 
 
 _MAX_CACHED = 64

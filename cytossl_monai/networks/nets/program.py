@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cytossl_monai.networks.nets.program_code import refuse_code
 from cytossl_monai.networks.weight_files import file_sha256
 from cytossl_monai.utils.errors import CheckpointError
 
@@ -93,7 +94,8 @@ class ProgramNetwork(_Foreign):
         embed_dim: declared width; None takes what it gives.
 
     Raises:
-        CheckpointError: where the file is missing, is no program, cannot be read, or the library for it is missing.
+        CheckpointError: where the file is missing, is no program, cannot be read, or the library for it is missing; and
+            where an exported program could run code of its own, see `refuse_code`.
     """
 
     def __init__(self, path: str | os.PathLike[str], embed_dim: int | None = None) -> None:
@@ -112,6 +114,7 @@ class ProgramNetwork(_Foreign):
             if kind == "torchscript":
                 self.program = torch.jit.load(path, map_location="cpu").eval()
             elif kind == "exported":
+                refuse_code(path)
                 exported = torch.export.load(path)
                 self._made_for(_input_shape(exported))
                 self.program = exported.module()

@@ -10,12 +10,13 @@ import numpy as np
 
 from cytossl_monai.data.slides.readers.base import Backend, BackendError, paste_inside
 from cytossl_monai.data.slides.resolution import Resolution
-from cytossl_monai.data.slides.tiff_tiles import TiffTiles, read_tiff_tiles
+from cytossl_monai.data.slides.tiff_tiles import TiffTiles, jpeg_complaint, read_tiff_tiles
 
 __all__ = ["FrameBackend"]
 
 _MAX_PIXELS = 1 << 28
 """Of an image that is read whole: 0.8 GB of RGB."""
+_JPEG_START = b"\xff\xd8\xff"
 
 
 class FrameBackend(Backend):
@@ -29,6 +30,7 @@ class FrameBackend(Backend):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         _refuse_by_header(path)
+        _refuse_damaged_jpeg(path)
         try:
             from monai.data import ITKReader
 
@@ -88,6 +90,21 @@ def _refuse_by_header(path: Path) -> None:
         )
     if mode in ("CMYK", "LAB", "F", "I", "I;16", "I;16B", "1"):
         raise BackendError(f"its pixels are of the kind {mode}; convert it to 8-bit RGB")
+
+
+def _refuse_damaged_jpeg(path: Path) -> None:
+    """ITK passes over libjpeg's warnings, and gives grey for what a JPEG file that ends too early lacks."""
+    if not path.is_file():
+        return  # a folder of DICOM files: ITK judges
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(_JPEG_START)) != _JPEG_START:
+                return
+            complaint = jpeg_complaint(_JPEG_START + file.read())
+    except OSError as error:
+        raise BackendError(_first_line(error)) from error
+    if complaint is not None:
+        raise BackendError(f"its JPEG image is cut short or damaged ({complaint}); copy it again")
 
 
 def _resolution(path: Path, spacing: np.ndarray) -> Resolution:

@@ -302,7 +302,7 @@ def embed_slides(
 
     def needed(record: SlideRecord) -> bool:
         path = folder / f"{record.slide_id}.h5"
-        return not is_current(path, record.path, choose(_index_of(record, index_folder)), encoder_id, dtype)
+        return not is_current(path, record.path, choose(_index_of(record, index_folder, fields)), encoder_id, dtype)
 
     turns = in_turn(records, folder, "embedding", cache, needed)
     quiet = not progress or len(records) < 2

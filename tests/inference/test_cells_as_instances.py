@@ -18,6 +18,7 @@ from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
 from cytossl_monai.deploy.slide_bag import SlideToBag
 from cytossl_monai.index.fields import NucleusFields, instance_fields, nucleus_fields, oddness
+from cytossl_monai.inference import embed
 from cytossl_monai.inference.embed import embed_slides
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.utils.errors import TableError
@@ -206,6 +207,21 @@ def test_inference_shows_cells_of_a_damaged_slide(cohort, damaged, tmp_path):
         fields={"size": 64, "mpp": 0.5, "max_fields": None},
     )(record)  # fmt: skip
     assert len(bag["features"]) == len(bag["index"]) == len(before)
+
+
+def test_a_slide_that_is_current_is_not_copied_ahead(cohort, tmp_path, monkeypatch):
+    encoder, _ = load_encoder(cohort.encoder)
+    records, needs = read_slide_table(cohort.slides), []
+
+    def turns(records, folder, doing, cache, needed):
+        needs.append([needed(record) for record in records])
+        return iter(records)
+
+    monkeypatch.setattr(embed, "in_turn", turns)
+    fields = NucleusFields(size=64, max_fields=4)
+    for _ in range(2):
+        embed_slides(records, cohort.index, tmp_path, encoder, num_threads=1, progress=False, fields=fields)
+    assert needs == [[True, True], [False, False]]
 
 
 def test_nuclei_of_another_slide_are_refused(cohort):

@@ -22,8 +22,9 @@ from cytossl_monai.inference.encoder import require_trained_encoder
 from cytossl_monai.inference.instances import in_words, stored_instances
 from cytossl_monai.inference.slides import IndexSlided
 from cytossl_monai.networks.nets.encoder import encoder_hash
+from cytossl_monai.utils.errors import SettingError
 from cytossl_monai.utils.report import RunReport
-from cytossl_monai.visualize.cells_page import write_cells_page
+from cytossl_monai.visualize.cells_page import MAX_SIDE, write_cells_page
 
 __all__ = ["CellBrowser"]
 
@@ -65,6 +66,11 @@ class CellBrowser:
     ) -> None:
         if max_cells < 1 or tile_size < 1 or not mpp > 0:
             raise ValueError(f"max_cells, tile_size and mpp must be above 0, got {max_cells}, {tile_size}, {mpp}")
+        if tile_size > MAX_SIDE:
+            raise SettingError(
+                f"tile_size is {tile_size}; a page of cells can show fields of at most {MAX_SIDE} pixels; give a "
+                "smaller one (64 at 0.375 um is a cell and what is around it)"
+            )
         self.records, self.encoder, self.folder = list(records), encoder, Path(output_dir)
         self.batch_size, self.device = batch_size, device
         fields = NucleusFields(tile_size, mpp, max_cells, odd_share=0.0, seed=seed)  # a page of its usual cells

@@ -23,6 +23,7 @@ from cytossl_monai.inference import browse
 from cytossl_monai.inference.browse import CellBrowser
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.transforms import nuclei_mask
+from cytossl_monai.utils.errors import SettingError
 from cytossl_monai.visualize.cells_page import compact_features, write_cells_page
 
 
@@ -141,6 +142,11 @@ def test_fields_on_a_damaged_place_are_left_out(browser, cohort, tmp_path):
         assert slide.sound(features.coords, 160, 0.5).all()
     content = re.search(r'id="content">(.*?)</script>', (tmp_path / "worn" / "cells.html").read_text())[1]
     assert len(json.loads(content)["places"]) == len(features)
+
+
+def test_fields_that_no_picture_of_the_page_can_hold_are_refused_early(browser):
+    with pytest.raises(SettingError, match=r"tile_size is 4096.*at most 4093"):
+        browser(tile_size=4096)
 
 
 def test_compact_features_keep_what_is_near():

@@ -15,6 +15,7 @@ from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.index.fields import instance_fields
 from cytossl_monai.inference.embed import EmbedTimes, embed_tiles
+from cytossl_monai.inference.instances import sound_instances
 from cytossl_monai.inference.slides import IndexSlided, slide_records
 from cytossl_monai.networks.nets.encoder import encoder_hash
 from cytossl_monai.networks.open import open_encoder
@@ -120,6 +121,7 @@ class SlideToBag(Transform):
         try:
             decode_on = "cuda" if self.device.type == "cuda" else "cpu"
             with open_slide(record.path, mpp=record.mpp, device=decode_on) as slide:
+                item["index"] = sound_instances(slide, item["index"], self.num_threads)
                 item["features"] = embed_tiles(
                     slide,
                     item["index"],

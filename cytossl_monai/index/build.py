@@ -266,7 +266,9 @@ def index_to_file(
             nuclei_path(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)  # of another slide or other settings: it would be taken for this one's
             raise EmptySlideError(why_empty(record, index))
-        nuclei.write(nuclei_path(path))  # first: where an index stands, its nuclei do
+        # A kill in between must leave neither an index without its nuclei nor one beside those of other settings.
+        path.unlink(missing_ok=True)
+        nuclei.write(nuclei_path(path))
         index.write(path)
     return "done", index.summary, time.perf_counter() - start
 
@@ -280,11 +282,12 @@ def _is_current(path: Path, record: SlideRecord, settings: IndexSettings) -> boo
     if not path.is_file() or not nuclei_path(path).is_file() or not record.path.exists():
         return False  # an index of before has no nuclei: it is made again
     try:
-        meta = TileIndex.read_meta(path)
+        facts = TileIndex.read_meta(path), NucleusTable.read_meta(nuclei_path(path))
     except TableError:
         return False  # damaged: it is made again
     identity = _identity(record, settings)
-    return all(meta.get(key) == value for key, value in identity.items())
+    # Both: a run that was killed may have left nuclei that were found with other settings beside this index.
+    return all(meta.get(key) == value for meta in facts for key, value in identity.items())
 
 
 class SlideIndexer:

@@ -47,15 +47,15 @@ def find_unreadable(
     return unreadable
 
 
-def check_unreadable(slide: Slide, damaged: int, looked_at: int, most: float) -> None:
-    """Refuse a slide of whose tiles more than the share ``most`` cannot be decoded.
+def check_unreadable(slide: Slide, damaged: int, looked_at: int, most: float, what: str = "tiles") -> None:
+    """Refuse a slide of whose tiles (or ``what`` else) more than the share ``most`` cannot be decoded.
 
     Raises:
         SlideError: when they are more.
     """
     if damaged > most * looked_at:
         raise SlideError(
-            f"{slide.path} is damaged: {damaged} of {looked_at} tiles cannot be decoded, more than max_unreadable "
+            f"{slide.path} is damaged: {damaged} of {looked_at} {what} cannot be decoded, more than max_unreadable "
             f"({most:.0%}); copy the file again from the scanner or leave it out"
         )
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from cytossl_monai.data.bags.features import read_features
 from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.index.fields import NucleusFields
-from cytossl_monai.inference.embed import embed_to_file
+from cytossl_monai.inference.embed import embed_to_file, is_current
 from cytossl_monai.inference.encoder import require_trained_encoder
+from cytossl_monai.inference.instances import in_words, stored_instances
 from cytossl_monai.inference.slides import IndexSlided
 from cytossl_monai.networks.nets.encoder import encoder_hash
-from cytossl_monai.utils.errors import failure
+from cytossl_monai.utils.errors import SettingError
 from cytossl_monai.utils.report import RunReport
-from cytossl_monai.visualize.cells_page import write_cells_page
+from cytossl_monai.visualize.cells_page import MAX_SIDE, write_cells_page
 
 __all__ = ["CellBrowser"]
 
@@ -33,7 +35,8 @@ class CellBrowser:
     """Slides in; for each a feature file of its cells and a page on which a click on a cell finds those most like it.
 
     Writes ``<slide_id>/cells.html``, ``<slide_id>/cells.h5`` (features and places, as CLAM and TRIDENT read them) and
-    ``report.csv``. A slide that fails is reported, the others go on.
+    ``report.csv``. What is there already, of the same slide, cells and encoder, stays. A slide that fails is reported,
+    the others go on.
 
     Args:
         records: the slides.
@@ -63,6 +66,11 @@ class CellBrowser:
     ) -> None:
         if max_cells < 1 or tile_size < 1 or not mpp > 0:
             raise ValueError(f"max_cells, tile_size and mpp must be above 0, got {max_cells}, {tile_size}, {mpp}")
+        if tile_size > MAX_SIDE:
+            raise SettingError(
+                f"tile_size is {tile_size}; a page of cells can show fields of at most {MAX_SIDE} pixels; give a "
+                "smaller one (64 at 0.375 um is a cell and what is around it)"
+            )
         self.records, self.encoder, self.folder = list(records), encoder, Path(output_dir)
         self.batch_size, self.device = batch_size, device
         fields = NucleusFields(tile_size, mpp, max_cells, odd_share=0.0, seed=seed)  # a page of its usual cells
@@ -77,39 +85,44 @@ class CellBrowser:
         require_trained_encoder(self.encoder)
         self.folder.mkdir(parents=True, exist_ok=True)
         report = RunReport("cells", self.folder / "report.csv")
-        for record in self.records:
-            start = time.perf_counter()
-            item = self.index({"slide_id": record.slide_id, "record": record})
-            if "problem" in item:
-                status, why = item["problem"]
-                report.add(record.slide_id, status, why, time.perf_counter() - start)
-                continue
-            try:
-                count = self._browse(record, item["index"])
-            except Exception as error:  # noqa: BLE001 - every failure of a slide is its own, whatever it is
-                report.add(record.slide_id, "failed", failure(error), time.perf_counter() - start)
-                continue
-            report.add(record.slide_id, "done", f"{count} cells", time.perf_counter() - start)
-        report.save()
+        try:
+            for record in self.records:
+                with report.item(record.slide_id) as line:
+                    item = self.index({"slide_id": record.slide_id, "record": record})
+                    if "problem" in item:
+                        line.status, line.message = item["problem"]
+                    else:
+                        line.status, line.message = self._browse(record, item["index"])
+        finally:
+            report.save()
         return report
 
-    def _browse(self, record: SlideRecord, fields: TileIndex) -> int:
+    def _browse(self, record: SlideRecord, asked: TileIndex) -> tuple[Literal["done", "current"], str]:
+        """Make what of a slide's features and page is not current; the report's status and message."""
+        folder = self.folder / record.slide_id
+        path, page = folder / "cells.h5", folder / "cells.html"
+        encoder_id, source = encoder_hash(self.encoder), str(getattr(self.encoder, "source", ""))  # type: ignore[arg-type]
+        if is_current(path, record.path, asked, encoder_id, "float32"):
+            stored = read_features(path)
+            features, fields = stored.features, stored_instances(asked, stored.coords)
+            if page.is_file():
+                return "current", in_words(fields, kind="cells")
+        else:
+            page.unlink(missing_ok=True)  # a page stands for the features beside it: a kill must not leave another's
+            features, fields = embed_to_file(
+                path,
+                record,
+                asked,
+                self.encoder,
+                encoder_id=encoder_id,
+                encoder_name=Path(source).stem,
+                batch_size=self.batch_size,
+                device=self.device,
+                dtype="float32",
+                amp=False,
+                num_threads=1,
+            )
         with open_slide(record.path, mpp=record.mpp) as slide:
             pictures = np.asarray(slide.read_regions(fields.coords, fields.tile_size, mpp=fields.mpp))
-        folder = self.folder / record.slide_id
-        source = str(getattr(self.encoder, "source", ""))
-        features = embed_to_file(
-            folder / "cells.h5",
-            record,
-            fields,
-            self.encoder,
-            encoder_id=encoder_hash(self.encoder),  # type: ignore[arg-type]
-            encoder_name=Path(source).stem,
-            batch_size=self.batch_size,
-            device=self.device,
-            dtype="float32",
-            amp=False,
-            num_threads=1,
-        )
-        write_cells_page(folder / "cells.html", record.slide_id, pictures, features, fields, Path(source).name)
-        return len(fields)
+        write_cells_page(page, record.slide_id, pictures, features, fields, Path(source).name)
+        return "done", in_words(fields, kind="cells")

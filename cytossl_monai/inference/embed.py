@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
@@ -28,6 +26,7 @@ from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.index.fields import NucleusFields, instance_fields, nucleus_fields
 from cytossl_monai.inference.ahead import read_ahead
+from cytossl_monai.inference.instances import in_words, index_hash, sound_instances
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_other_features, warn_of_tile_size
 from cytossl_monai.inference.turns import in_turn
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
@@ -44,7 +43,6 @@ __all__ = [
     "embed_slides",
     "embed_tiles",
     "embed_to_file",
-    "index_hash",
 ]
 
 logger = logging.getLogger(__name__)
@@ -65,13 +63,6 @@ class EmbedTimes:
     encoder: float = 0.0
     waiting: float = 0.0
     tiles: int = 0
-
-
-def index_hash(index: TileIndex) -> str:
-    """16 hexadecimal digits of which tiles are read and how: places, tile size, resolution."""
-    digest = hashlib.sha256(np.ascontiguousarray(index.coords).tobytes())
-    digest.update(json.dumps([index.tile_size, index.mpp, index.level0_mpp]).encode())
-    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()
@@ -206,8 +197,8 @@ def embed_to_file(
     inferer: Inferer | None = None,
     times: EmbedTimes | None = None,
     progress: bool = False,
-) -> np.ndarray:
-    """Embed one slide and write its feature file.
+) -> tuple[np.ndarray, TileIndex]:
+    """Embed one slide and write its feature file; fields around nuclei on damaged places are left out.
 
     Args:
         path: the feature file.
@@ -226,7 +217,7 @@ def embed_to_file(
         progress: as for `embed_tiles`.
 
     Returns:
-        (N, D) float32, as computed.
+        (N, D) float32, as computed, and the index of what they are of, see `sound_instances`.
 
     Raises:
         FeatureError: as `embed_tiles` does.
@@ -234,6 +225,7 @@ def embed_to_file(
     """
     decode_on = "cuda" if torch.device(device).type == "cuda" else "cpu"
     with open_slide(record.path, mpp=record.mpp, device=decode_on, local=record.local) as slide:
+        index = sound_instances(slide, index, num_threads)
         features = embed_tiles(
             slide, index, encoder, batch_size, device, amp, num_threads, inferer, times, progress=progress
         )
@@ -242,8 +234,9 @@ def embed_to_file(
         attrs["scales"] = int(getattr(encoder, "scales", 1))
         if "instances" in index.meta:
             attrs["instances"] = str(index.meta["instances"])
+            attrs["unreadable_fields"] = int(index.meta.get("unreadable_fields", 0))
     write_features(path, features, index.coords, attrs, dtype)
-    return features
+    return features, index
 
 
 def embed_slides(
@@ -309,7 +302,7 @@ def embed_slides(
 
     def needed(record: SlideRecord) -> bool:
         path = folder / f"{record.slide_id}.h5"
-        return not is_current(path, record.path, choose(_index_of(record, index_folder)), encoder_id, dtype)
+        return not is_current(path, record.path, choose(_index_of(record, index_folder, fields)), encoder_id, dtype)
 
     turns = in_turn(records, folder, "embedding", cache, needed)
     quiet = not progress or len(records) < 2
@@ -318,17 +311,20 @@ def embed_slides(
             with report.item(record.slide_id) as line:
                 path = folder / f"{record.slide_id}.h5"
                 index = choose(_index_of(record, index_folder, fields))
-                line.message = f"{len(index)} {'tiles' if fields is None else 'nuclei'}"
+                line.message = in_words(index)
                 warned = warned or warn_of_tile_size(encoder, index.tile_size, index.mpp)
                 if is_current(path, record.path, index, encoder_id, dtype):
+                    if fields is not None:
+                        line.message = in_words(index, int(read_feature_attrs(path).get("unreadable_fields", 0)))
                     line.status = "current"
                     continue
                 if batch_size is None:
                     batch_size = fitting_batch(encoder, index.tile_size, device, amp)
-                embed_to_file(
+                _, made = embed_to_file(
                     path, record, index, encoder, encoder_id, encoder_name, batch_size, device, dtype, amp, num_threads,
                     inferer, progress=progress,
                 )  # fmt: skip
+                line.message = in_words(made)
     finally:
         report.save()
     return report

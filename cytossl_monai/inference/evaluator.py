@@ -21,6 +21,7 @@ from cytossl_monai.data.slides.cache import SlideCache
 from cytossl_monai.inference.ahead import AheadLoader
 from cytossl_monai.inference.embed import EmbedTimes, embed_to_file, is_current
 from cytossl_monai.inference.encoder import require_trained_encoder
+from cytossl_monai.inference.instances import stored_instances
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_tile_size
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.utils.errors import failure
@@ -163,11 +164,12 @@ class SlideEvaluator(Evaluator):
         path = self.features_dir / f"{record.slide_id}.h5"
         item["features_path"], item["times"] = str(path), EmbedTimes()
         if is_current(path, record.path, index, self._hash, self.dtype):
-            item["features"] = read_features(path, self._hash).features
+            stored = read_features(path, self._hash)
+            item["features"], item["index"] = stored.features, stored_instances(index, stored.coords)
             return None
         if self.batch_size is None:
             self.batch_size = fitting_batch(self.network, index.tile_size, self.state.device, self.use_amp)
-        features = embed_to_file(
+        features, item["index"] = embed_to_file(
             path,
             record,
             index,

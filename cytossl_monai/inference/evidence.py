@@ -22,7 +22,7 @@ from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference.classify import SlideClassifier, SlidePrediction
-from cytossl_monai.inference.embed import index_hash
+from cytossl_monai.inference.instances import index_hash
 from cytossl_monai.networks.describe import describe_network
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash_0_1
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
@@ -326,6 +326,7 @@ class SlideEvidence(Transform):
                 "size_px": None if index is None else int(index.table["size"].iloc[0]),
                 "mpp": None if index is None else index.mpp,
                 "nuclei": 0 if index is None else int(index.table["n_nuclei"].sum()),
+                "unreadable_fields": 0 if index is None else int(index.meta.get("unreadable_fields", 0)),
                 "unreadable": 0 if index is None else int(index.meta.get("tiles", {}).get("unreadable", 0)),
             },
             "encoder": self.encoder,
@@ -372,5 +373,6 @@ def _write_tiles(path: Path, index: TileIndex, prediction: SlidePrediction, orde
 def _message(answer: Mapping[str, Any]) -> str:
     if answer.get("label") is None:
         return "no cells found"
-    count = f"{answer['tiles']['count']} {kind_of(answer)}s"
-    return f"{answer['label']}, suspicion {answer['suspicion']:.3f}, {count}"
+    count, lost = f"{answer['tiles']['count']} {kind_of(answer)}s", answer["tiles"].get("unreadable_fields")
+    damage = f"; {lost} damaged fields left out" if lost else ""
+    return f"{answer['label']}, suspicion {answer['suspicion']:.3f}, {count}{damage}"

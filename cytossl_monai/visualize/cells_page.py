@@ -14,10 +14,12 @@ from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.utils.files import write_text
 from cytossl_monai.visualize.page import json_data, render
 
-__all__ = ["compact_features", "write_cells_page"]
+__all__ = ["MAX_SIDE", "compact_features", "write_cells_page"]
 
 _SHEET = 256  # cells of one picture
 _ACROSS = 16
+MAX_SIDE = 65500 // _ACROSS
+"""Most pixels of a cell's side: a JPEG picture, which holds 16 of them in a row, is at most 65,500 pixels wide."""
 
 
 def compact_features(features: np.ndarray, width: int = 48) -> np.ndarray:

@@ -129,6 +129,8 @@ def _summary(answer: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     read = [f"{tiles['count']:,} {kind_of(answer)}s with {tiles['nuclei']:,} nuclei"]
     if tiles.get("unreadable"):
         read.append(f"{tiles['unreadable']:,} damaged tiles left out")
+    if tiles.get("unreadable_fields"):
+        read.append(f"{tiles['unreadable_fields']:,} fields around nuclei left out as damaged")
     size = "{:.1f} x {:.1f} mm".format(*millimetres)
     return [
         ("Slide", [size, f"{slide['width']:,} x {slide['height']:,} px at {slide['mpp']:.4g} µm/px"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import tifffile
 import torch
 from monai.bundle import ConfigWorkflow
 
@@ -44,6 +45,18 @@ def make_classifier(path, encoder, seed=0, classes=("negative", "positive")):
     network.set_standardisation(torch.zeros(encoder.embed_dim), torch.full((encoder.embed_dim,), 0.3))
     known = {"hash": encoder_hash(encoder), "name": "toy", "dim": encoder.embed_dim}
     return save_classifier(path, MILClassifier(network, classes, encoder=known).eval())
+
+
+def spoil(source, target, damage):
+    """A copy of a slide whose file tiles (numbers, of the level read at 0.5 um/px) lost their middle."""
+    content = bytearray(source.read_bytes())
+    with tifffile.TiffFile(source) as tiff:
+        page = tiff.series[0].levels[1].pages[0]
+        spans = [(page.dataoffsets[n], page.databytecounts[n]) for n in damage]
+    for offset, count in spans:
+        content[offset + count // 3 : offset + 2 * count // 3] = bytes(2 * count // 3 - count // 3)
+    target.write_bytes(content)
+    return target
 
 
 def run_inference(cohort, output_dir, **overrides):

@@ -15,6 +15,7 @@ from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.write import write_pyramid
 from cytossl_monai.data.synthetic.slides import make_slides
 from cytossl_monai.data.tiles.index_file import COLUMNS, TileIndex
+from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
 from cytossl_monai.index.build import IndexSettings, SlideIndexer, index_slide, index_slides
 from cytossl_monai.index.low_power import Grid, InkRules, find_ink, tile_means
 from cytossl_monai.utils.errors import SettingError
@@ -248,6 +249,30 @@ def test_an_index_of_another_slide_is_not_current(slides, tmp_path):
     report = index_slides([swapped], tmp_path, num_workers=0, progress=False)
     assert report.items[0].status == "done"
     assert TileIndex.read(tmp_path / f"{swapped.slide_id}.parquet").slide_path == records[1].path
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["killed", "left behind"])
+def test_nuclei_of_other_settings_beside_an_index_are_not_current(slides, tmp_path, monkeypatch, planted):
+    records, path = read_slide_table(slides)[:1], tmp_path / "slide_0000.parquet"
+    options = {"num_workers": 0, "overview": False, "progress": False}
+    index_slides(records, tmp_path, **options)
+    own, kept = NucleusTable.read(nuclei_path(path)), path.read_bytes()
+
+    def killed(self, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TileIndex, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            index_slides(records, tmp_path, IndexSettings(min_contrast=0.2), **options)
+    assert len(NucleusTable.read(nuclei_path(path))) < len(own)
+    assert not path.exists()
+    if planted:  # a folder as versions before left it
+        path.write_bytes(kept)
+    report = index_slides(records, tmp_path, **options)
+    assert report.items[0].status == "done"
+    pd.testing.assert_frame_equal(NucleusTable.read(nuclei_path(path)).table, own.table)
+    assert index_slides(records, tmp_path, **options).items[0].status == "current"
 
 
 def test_stale_index_of_a_slide_now_empty_goes(tmp_path):

@@ -9,17 +9,22 @@ import re
 import numpy as np
 import pytest
 import torch
-from inference_toy import CONFIGS
+from inference_toy import CONFIGS, spoil
 from monai.bundle import ConfigWorkflow
 
 from cytossl_monai.data.bags.features import read_features
+from cytossl_monai.data.slide_table import SlideRecord
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
+from cytossl_monai.index.build import IndexSettings, index_slides
 from cytossl_monai.index.fields import NucleusFields
+from cytossl_monai.inference import browse
+from cytossl_monai.inference.browse import CellBrowser
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.transforms import nuclei_mask
-from cytossl_monai.visualize.cells_page import compact_features
+from cytossl_monai.utils.errors import SettingError
+from cytossl_monai.visualize.cells_page import compact_features, write_cells_page
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,68 @@ def test_the_page_orders_by_likeness_and_needs_no_network(browsed):
     np.testing.assert_allclose(stored @ stored.T / 127**2, centred @ centred.T, atol=0.05)
     half = 64 * 0.5 / 0.25 / 2
     np.testing.assert_allclose(np.array(content["places"]), features.coords + half, atol=1)
+
+
+@pytest.fixture
+def browser(cohort, tmp_path):
+    encoder, _ = load_encoder(cohort.encoder)
+    both = [SlideRecord(path.stem, path, None, path.stem) for path in (cohort.path(0), cohort.path(1))]
+
+    def of(records=both, **settings):
+        options = {"tile_size": 64, "mpp": 0.5, "max_cells": 12, "num_threads": 1, **settings}
+        return CellBrowser(records, encoder, tmp_path, **options)
+
+    return of
+
+
+def test_browsing_goes_on_where_it_was(browser, tmp_path, monkeypatch):
+    pages = [tmp_path / name / "cells.html" for name in ("slide_0000", "slide_0001")]
+
+    def killed(path, *args):
+        if path == pages[1]:
+            raise KeyboardInterrupt
+        return write_cells_page(path, *args)
+
+    def statuses(**settings):
+        return [item.status for item in browser(**settings).run().items]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(browse, "write_cells_page", killed)
+        with pytest.raises(KeyboardInterrupt):
+            browser().run()
+    assert "slide_0000,done,12 cells" in (tmp_path / "report.csv").read_text()
+    before = pages[0].stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(browse, "embed_to_file", None)  # the features of the second slide are there
+        assert statuses() == ["current", "done"]
+        assert statuses() == ["current", "current"]
+    assert pages[0].stat().st_mtime_ns == before
+    # The page of other cells does not stay beside the features of these.
+    with monkeypatch.context() as patch:
+        patch.setattr(browse, "write_cells_page", killed)
+        with pytest.raises(KeyboardInterrupt):
+            browser(seed=1).run()
+    assert not pages[1].exists()
+    assert statuses(seed=1) == ["current", "done"]
+
+
+def test_fields_on_a_damaged_place_are_left_out(browser, cohort, tmp_path):
+    record = SlideRecord("worn", spoil(cohort.path(0), tmp_path / "worn.tif", [3]), None, "worn")
+    index_slides(
+        [record], tmp_path / "cache" / "index", IndexSettings(max_unreadable=0.9), 0, overview=False, progress=False
+    )
+    (line,) = browser([record], tile_size=160, max_cells=1000).run().items
+    assert re.fullmatch(r"[1-9]\d* cells; [1-9]\d* damaged fields left out", line.message)
+    features = read_features(tmp_path / "worn" / "cells.h5")
+    with open_slide(record.path) as slide:
+        assert slide.sound(features.coords, 160, 0.5).all()
+    content = re.search(r'id="content">(.*?)</script>', (tmp_path / "worn" / "cells.html").read_text())[1]
+    assert len(json.loads(content)["places"]) == len(features)
+
+
+def test_fields_that_no_picture_of_the_page_can_hold_are_refused_early(browser):
+    with pytest.raises(SettingError, match=r"tile_size is 4096.*at most 4093"):
+        browser(tile_size=4096)
 
 
 def test_compact_features_keep_what_is_near():

@@ -1,24 +1,28 @@
 """Bags of fields centred on nuclei: which are taken, what is embedded, and what inference shows of them."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from inference_toy import CONFIGS, run_inference
+from inference_toy import CONFIGS, run_inference, spoil
 from monai.bundle import ConfigWorkflow
 
 from cytossl_monai.data.bags.features import read_features
-from cytossl_monai.data.slide_table import read_slide_table
+from cytossl_monai.data.slide_table import SlideRecord, read_slide_table
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.data.tiles.nuclei_file import NucleusTable, nuclei_path
+from cytossl_monai.deploy.slide_bag import SlideToBag
 from cytossl_monai.index.fields import NucleusFields, instance_fields, nucleus_fields, oddness
+from cytossl_monai.inference import embed
 from cytossl_monai.inference.embed import embed_slides
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.utils.errors import TableError
+from cytossl_monai.utils.files import file_fingerprint
 
 FIELDS = {"field_size": 64, "field_mpp": 0.5}
 
@@ -133,6 +137,91 @@ def test_a_slide_without_nuclei_costs_only_itself(cohort, tmp_path):
     path.unlink()
     with pytest.raises(TableError, match="index the slide again"):
         nucleus_fields(TileIndex.read(folder / "slide_0000.parquet"), folder / "slide_0000.parquet", fields)
+
+
+@pytest.fixture
+def damaged(cohort, tmp_path):
+    """A slide that lost one of its four file tiles, and its index as if no kept tile had lain on that one."""
+    path = spoil(cohort.path(1), tmp_path / "slide_0001.tif", [0])
+    whole = TileIndex.read(cohort.index / "slide_0001.parquet")
+    meta = {**whole.meta, "slide_path": str(path), "fingerprint": file_fingerprint(path)}
+    nuclei = NucleusTable.read(nuclei_path(cohort.index / "slide_0001.parquet"))
+
+    def indexed(max_unreadable):
+        settings = {**meta["settings"], "max_unreadable": max_unreadable}
+        here = tmp_path / f"index_{max_unreadable}" / "slide_0001.parquet"
+        here.parent.mkdir(exist_ok=True)
+        TileIndex(whole.table, {**meta, "settings": settings}).write(here)
+        NucleusTable(nuclei.table, {**nuclei.meta, "fingerprint": meta["fingerprint"]}).write(nuclei_path(here))
+        return here.parent
+
+    return SlideRecord("slide_0001", path, None, "p"), indexed
+
+
+def test_fields_that_reach_into_damage_are_left_out_and_counted(cohort, damaged, tmp_path):
+    record, indexed = damaged
+    encoder, _ = load_encoder(cohort.encoder)
+    fields = NucleusFields(size=64, mpp=0.5, max_fields=None)
+
+    def embedded(index_dir):
+        (line,) = embed_slides(
+            [record], index_dir, tmp_path / "out", encoder, num_threads=1, progress=False, fields=fields
+        ).items
+        return line
+
+    refused = embedded(indexed(0.05))
+    assert refused.status == "failed"
+    assert re.search(r"\d+ of \d+ fields around nuclei cannot be decoded, more than max_unreadable", refused.message)
+    index_path = indexed(0.9) / "slide_0001.parquet"
+    asked = nucleus_fields(TileIndex.read(index_path), index_path, fields)
+    done = embedded(index_path.parent)
+    stored = read_features(tmp_path / "out" / "slide_0001.h5")
+    with open_slide(record.path) as slide:
+        sound = slide.sound(asked.coords, 64, 0.5)
+    lost = int((~sound).sum())
+    assert 0 < lost < len(asked)
+    np.testing.assert_array_equal(stored.coords, asked.coords[sound])
+    assert (done.status, done.message) == ("done", f"{sound.sum()} nuclei; {lost} damaged fields left out")
+    again = embedded(index_path.parent)
+    assert (again.status, again.message) == ("current", done.message)
+
+
+def test_inference_shows_cells_of_a_damaged_slide(cohort, damaged, tmp_path):
+    record, indexed = damaged
+    settings = {"slides": None, "slide": str(record.path), "index_dir": str(indexed(0.9)), "instances": "nuclei"}
+    settings |= {"max_fields": None, "evidence": ["tiles"], **FIELDS, "tile_size": 96}
+    status, report = run_inference(cohort, tmp_path / "out", **settings)
+    assert status == 0
+    message = report["slide_0001"].message
+    assert re.search(r" [1-9]\d* cells; [1-9]\d* damaged fields left out$", message)
+    _, report = run_inference(cohort, tmp_path / "out", **settings)
+    assert (report["slide_0001"].status, report["slide_0001"].message) == ("current", message)
+    table = tmp_path / "out" / "slide_0001" / "tiles.parquet"
+    before = pd.read_parquet(table)
+    table.unlink()  # written again, from the features that are there
+    _, report = run_inference(cohort, tmp_path / "out", **settings)
+    assert (report["slide_0001"].status, report["slide_0001"].message) == ("done", message)
+    pd.testing.assert_frame_equal(pd.read_parquet(table), before)
+    bag = SlideToBag(
+        cohort.encoder, settings["index_dir"], 96, num_threads=1, instances="nuclei",
+        fields={"size": 64, "mpp": 0.5, "max_fields": None},
+    )(record)  # fmt: skip
+    assert len(bag["features"]) == len(bag["index"]) == len(before)
+
+
+def test_a_slide_that_is_current_is_not_copied_ahead(cohort, tmp_path, monkeypatch):
+    encoder, _ = load_encoder(cohort.encoder)
+    records, needs = read_slide_table(cohort.slides), []
+
+    def turns(records, folder, doing, cache, needed):
+        needs.append([needed(record) for record in records])
+        return iter(records)
+
+    monkeypatch.setattr(embed, "in_turn", turns)
+    fields = NucleusFields(size=64, max_fields=4)
+    for _ in range(2):
+        embed_slides(records, cohort.index, tmp_path, encoder, num_threads=1, progress=False, fields=fields)
+    assert needs == [[True, True], [False, False]]
 
 
 def test_nuclei_of_another_slide_are_refused(cohort):

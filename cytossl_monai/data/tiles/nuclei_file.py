@@ -85,13 +85,30 @@ class NucleusTable:
             TableError: when the file is missing, damaged, no table of nuclei, or of a newer version.
         """
         path = Path(path)
-        if not path.is_file():
-            raise TableError(f"{path} does not exist: the index is of an older version; index the slide again")
+        meta = cls.read_meta(path)
         try:
             arrow = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise TableError(f"table of nuclei {path} is damaged ({error}); delete it and index again") from error
-        stored = (arrow.schema.metadata or {}).get(_META_KEY)
+        try:
+            return cls(arrow.to_pandas(), meta)
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from error
+
+    @staticmethod
+    def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What the table says of itself, without reading its rows.
+
+        Raises:
+            TableError: as for ``read``.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise TableError(f"{path} does not exist: the index is of an older version; index the slide again")
+        try:
+            stored = (pq.read_metadata(path).metadata or {}).get(_META_KEY)
+        except (pa.ArrowException, OSError) as error:
+            raise TableError(f"table of nuclei {path} is damaged ({error}); delete it and index again") from error
         if stored is None:
             raise TableError(f"{path} is no table of nuclei; give the folder that index.json wrote")
         try:
@@ -104,7 +121,4 @@ class NucleusTable:
                 f"table of nuclei {path} is of version {meta['version']}, this program reads up to {VERSION}; "
                 "update the program or index the slide again"
             )
-        try:
-            return cls(arrow.to_pandas(), meta)
-        except TableError as error:
-            raise TableError(f"{path}: {error}") from error
+        return meta

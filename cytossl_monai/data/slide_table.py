@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from cytossl_monai.data.table_checks import (
+    COLUMNS,
+    UNNAMED,
+    check_columns,
+    check_keys,
+    check_spelling,
+    check_split,
+    check_unique,
+    warn_of_shared_files,
+)
 from cytossl_monai.utils.cells import plain_cell, stored_cell
 from cytossl_monai.utils.errors import TableError
 from cytossl_monai.utils.files import atomic_path
@@ -25,7 +33,6 @@ __all__ = ["SlideRecord", "encode_labels", "id_of_file", "known_negative", "read
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("slide_id", "path", "label", "patient_id", "fold", "mpp")
 NEGATIVE_NAMES = ("negative", "nilm", "normal", "benign", "0")
 """What tables call the class of slides on which nothing suspicious lies, in any case; the first that occurs counts."""
 SECTIONS = ("train", "training", "val", "valid", "validation", "test", "testing", "infer", "inference")
@@ -38,8 +45,7 @@ _RESERVED_ID = re.compile(
 """Names of this program's own files beside the slides' folders, and those that Windows keeps for devices."""
 
 _MAX_ID_BYTES = 200
-_UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
-"""A column without a name: a table's trailing commas, or the index that pandas wrote."""
+_MAX_FOLD = 9999
 
 _NO_VALUE = frozenset({"nan", "na", "n/a", "<na>", "#n/a", "null"})
 """What pandas, R and Excel write where there is no value."""
@@ -88,8 +94,9 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
 
     Raises:
         TableError: when the table is missing, empty, without the needed columns, when a slide_id occurs twice or cannot
-            be a file name, when ``fold`` or ``mpp`` is no number, when a label or patient is written in two ways (1 and
-            1.0), or when a patient is on both sides of a given split.
+            be a file name, when ``fold`` or ``mpp`` is no number, when a known column is spelt otherwise (MPP), when a
+            label or patient is written in two ways (1 and 1.0, P1 and p1), or when a patient is on both sides of a
+            given split.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,9 +105,10 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
     records = [_record(row, where, path) for where, row in rows]
     if not records:
         raise TableError(f"slide table {path} lists no slides; add one line for each slide")
-    _check_unique(records, path)
-    _check_spelling(records, path)
-    _check_split(records, path)
+    check_unique(records, path)
+    check_spelling(records, path)
+    check_split(records, path)
+    warn_of_shared_files(records, path)
     labelled = [r for r in records if r.label is not None]
     no_value = sum(_text(row.get("label")) is not None for _, row in rows) - len(labelled)
     if no_value:
@@ -208,32 +216,20 @@ def _rows_of_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 continue
             if names is None:
                 names = values
-                _check_columns(names, header, path)
+                check_columns(names, header, path)
                 continue
             where = f"line {reader.line_num}"
             if any(values[len(names) :]):
                 raise TableError(f"slide table {path}, {where}: more values than columns; quote a value with a comma")
-            row = {name: value for name, value in zip(names, values) if not _UNNAMED.fullmatch(name)}
+            row = {name: value for name, value in zip(names, values) if not UNNAMED.fullmatch(name)}
             if any(row.values()):
-                named = [name for name in names if not _UNNAMED.fullmatch(name)]
+                named = [name for name in names if not UNNAMED.fullmatch(name)]
                 rows.append((where, {**dict.fromkeys(named, ""), **row}))
     except csv.Error as error:
         raise TableError(f"slide table {path} is not readable as CSV: {error}; check its quotes") from error
     if names is None:
-        _check_columns([], header, path)
+        check_columns([], header, path)
     return rows
-
-
-def _check_columns(names: Sequence[str], header: str, path: Path) -> None:
-    absent = [c for c in ("slide_id", "path") if c not in names]
-    if absent:
-        raise TableError(
-            f"slide table {path} has no column {' and no column '.join(absent)}; "
-            f"its first line must name slide_id and path, it says {header[:120]!r}"
-        )
-    twice = [name for name, count in Counter(names).items() if count > 1 and not _UNNAMED.fullmatch(name)]
-    if twice:
-        raise TableError(f"slide table {path} names the column {twice[0][:60]!r} twice in its first line; rename one")
 
 
 def _rows_of_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -263,6 +259,7 @@ def _rows_of_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
             if not isinstance(slide, str):
                 raise TableError(f"datalist {path}, {where}: no path under 'image' or 'path'; add one")
             row["path"] = slide
+            check_keys(row, f"datalist {path}, {where}", "key")
             row.setdefault("slide_id", Path(slide).name.split(".")[0])
             if section:
                 row.setdefault("split", section)
@@ -298,8 +295,8 @@ def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
     if mpp is not None and not 0.01 <= mpp <= 100:
         raise TableError(f"{at}: mpp is {mpp:g}, but a scan has 0.01 to 100 micrometres per pixel; correct it")
     fold = _number(row.get("fold"), "fold", at)
-    if fold is not None and (fold != int(fold) or fold < 0):
-        raise TableError(f"{at}: fold is {fold:g}; give a whole number from 0")
+    if fold is not None and (fold != int(fold) or not 0 <= fold <= _MAX_FOLD):
+        raise TableError(f"{at}: fold is {fold:g}; give a whole number from 0 to {_MAX_FOLD}")
     return SlideRecord(
         slide_id=slide_id,
         path=table.parent.resolve() / place,
@@ -334,54 +331,6 @@ def _number(value: Any, name: str, at: str) -> float | None:
     if not np.isfinite(number):
         raise TableError(f"{at}: {name} is {text!r}, which is no number; correct it or leave it empty")
     return number
-
-
-def _check_unique(records: Sequence[SlideRecord], path: Path) -> None:
-    first: dict[str, SlideRecord] = {}
-    for record in records:
-        # Two names that differ in case alone, or in how an accent is written, are one file on Windows and macOS.
-        key = unicodedata.normalize("NFC", record.slide_id).casefold()
-        other = first.setdefault(key, record)
-        if other is not record:
-            again = (
-                "twice" if other.slide_id == record.slide_id else f"twice, once as {other.slide_id!r} (one file name)"
-            )
-            raise TableError(
-                f"slide table {path} lists slide_id {record.slide_id!r} {again} ({other.path} and {record.path}); "
-                "give every slide a name of its own"
-            )
-
-
-def _check_spelling(records: Sequence[SlideRecord], path: Path) -> None:
-    """Refuse one label or patient in two spellings: 1 beside 1.0 would be two classes, or a patient on both sides."""
-    for column in ("label", "patient_id"):
-        spelt: dict[str, str] = {}
-        for record in records:
-            value = getattr(record, column)
-            if value is None:
-                continue
-            key = re.sub(r"^([+-]?\d+)\.0+$", r"\1", value)
-            other = spelt.setdefault(key, value)
-            if other != value:
-                raise TableError(
-                    f"slide table {path} writes one {column} in two ways, {other!r} and {value!r}; write it in one "
-                    "(a spreadsheet or pandas turns whole numbers into fractions where a cell is empty)"
-                )
-
-
-def _check_split(records: Sequence[SlideRecord], path: Path) -> None:
-    sides: dict[str, dict[str, str]] = {}
-    for record in records:
-        for kind, side in (("fold", record.fold), ("split", record.extra.get("split"))):
-            if side in (None, ""):
-                continue
-            known = sides.setdefault(f"{kind}/{record.patient_id}", {"side": str(side), "slide": record.slide_id})
-            if known["side"] != str(side):
-                raise TableError(
-                    f"slide table {path}: patient {record.patient_id} is on both sides of the {kind}: slide "
-                    f"{known['slide']} in {known['side']}, slide {record.slide_id} in {side}; put all slides of a "
-                    "patient on one side"
-                )
 
 
 def _some(names: Sequence[str], at_most: int = 5) -> str:

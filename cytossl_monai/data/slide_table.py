@@ -27,7 +27,7 @@ from cytossl_monai.data.table_checks import (
 )
 from cytossl_monai.utils.cells import plain_cell, stored_cell
 from cytossl_monai.utils.errors import TableError
-from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.utils.files import atomic_path, encodable
 
 __all__ = ["SlideRecord", "encode_labels", "id_of_file", "known_negative", "read_slide_table", "write_slide_table"]
 
@@ -38,7 +38,9 @@ NEGATIVE_NAMES = ("negative", "nilm", "normal", "benign", "0")
 SECTIONS = ("train", "training", "val", "valid", "validation", "test", "testing", "infer", "inference")
 """Sections of a datalist that may list bare paths; in others only items with ``image`` or ``path`` are slides."""
 
-_UNSAFE_ID = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]|^\.|\.$')
+_UNSAFE_ID = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f\ud800-\udfff]|^\.|\.$')
+"""What a file name does not hold on every system; halves of characters are bytes that are not UTF-8."""
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
 _RESERVED_ID = re.compile(
     r"(index\.html|predictions\.csv|report\.csv|con|prn|aux|nul|com[0-9]|lpt[0-9])(\.[^.]*)?", re.IGNORECASE
 )
@@ -123,8 +125,12 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
 
 
 def id_of_file(path: Path) -> str:
-    """A slide_id for a slide that no table names: the file's stem, made a name that the table would take."""
-    name = _UNSAFE_ID.sub("_", path.stem.strip().lstrip(".")).encode()[:_MAX_ID_BYTES].decode("utf-8", "ignore")
+    """A slide_id for a slide that no table names: the file's stem, made a name that the table would take.
+
+    Bytes that are not UTF-8 (names from an old share) become their two digits: two names that differ stay two.
+    """
+    stem = _NO_UTF8.sub(lambda found: f"_{ord(found[0]) & 0xFF:02x}", path.stem.strip().lstrip("."))
+    name = _UNSAFE_ID.sub("_", stem).encode()[:_MAX_ID_BYTES].decode("utf-8", "ignore")
     return f"{name}_slide" if _RESERVED_ID.fullmatch(name) else name or "slide"
 
 
@@ -145,7 +151,7 @@ def write_slide_table(path: str | os.PathLike[str], records: Iterable[SlideRecor
     root = path.parent.resolve()
     with atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow([*used, *extra])
+        writer.writerow([*used, *(plain_cell(name) for name in extra)])
         for r in records:
             row: dict[str, Any] = {c: getattr(r, c) for c in used}
             row["path"] = r.path.relative_to(root) if r.path.is_relative_to(root) else r.path
@@ -279,7 +285,7 @@ def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
     slide_id = _text(row.get("slide_id"))
     if slide_id is None:
         raise TableError(f"{at}: slide_id is empty; give every slide a name")
-    too_long = len(slide_id.encode()) > _MAX_ID_BYTES
+    too_long = len(slide_id.encode("utf-8", "replace")) > _MAX_ID_BYTES
     if too_long or _UNSAFE_ID.search(slide_id) or _RESERVED_ID.fullmatch(slide_id):
         why = "is too long for a file name" if too_long else "cannot be a file name"
         why = "is the name of another file" if _RESERVED_ID.fullmatch(slide_id) else why
@@ -287,6 +293,10 @@ def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
     path = _text(row.get("path"))
     if path is None or "\0" in path:
         raise TableError(f"{at}: slide {slide_id} has no path; fill the column path")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # JSON can hold half a character; a byte of a name that is not UTF-8 is one that may be
+        raise TableError(f"{at}: the path {path!r} holds what no file name can; correct it") from None
     try:
         place = Path(path).expanduser()
     except RuntimeError:
@@ -317,7 +327,7 @@ def _text(value: Any) -> str | None:
 def _value(value: Any) -> str | None:
     """Text, or None for what other programs write where there is none."""
     text = _text(value)
-    return None if text is None or text.casefold() in _NO_VALUE else text
+    return None if text is None or text.casefold() in _NO_VALUE else encodable(text)
 
 
 def _number(value: Any, name: str, at: str) -> float | None:

@@ -175,6 +175,26 @@ def test_keys_of_a_datalist_are_spelt_as_columns_are(tmp_path):
         read_slide_table(write(tmp_path, json.dumps(content), "list.json"))
 
 
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ('{"image": "\\udcfc.tif"}', "cannot be a file name"),
+        ('{"image": "\\ud83d.tif", "slide_id": "a"}', "holds what no file name can"),
+    ],
+)
+def test_halves_of_characters_in_a_datalist_are_refused(tmp_path, item, says):
+    with pytest.raises(TableError, match=says):
+        read_slide_table(write(tmp_path, f"[{item}]", "list.json"))
+
+
+def test_halves_of_characters_that_are_kept_can_be_written(tmp_path):
+    text = r'[{"image": "\udcfc.tif", "slide_id": "a", "patient_id": "p\udcfc", "n\udcfc": "\udcfc"}]'
+    records = read_slide_table(write(tmp_path, text, "list.json"))
+    assert records[0].path.name == "\udcfc.tif"  # as Python calls a file whose name is not UTF-8
+    (back,) = read_slide_table(write_slide_table(tmp_path / "out.csv", records))
+    assert (back.patient_id, back.extra) == (r"p\udcfc", {r"n\udcfc": r"\udcfc"})
+
+
 def test_one_file_of_two_patients_is_said_once(tmp_path, caplog):
     (tmp_path / "real").mkdir()
     (tmp_path / "real/x.tif").touch()

@@ -9,12 +9,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from cytossl_monai.data.slide_record import SlideRecord
 from cytossl_monai.utils.errors import TableError
-
-if TYPE_CHECKING:
-    from cytossl_monai.data.slide_table import SlideRecord
 
 __all__ = [
     "COLUMNS",

@@ -8,66 +8,49 @@ import json
 import logging
 import os
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cytossl_monai.data.slide_record import SlideRecord
+from cytossl_monai.data.table_checks import (
+    COLUMNS,
+    UNNAMED,
+    check_columns,
+    check_keys,
+    check_spelling,
+    check_split,
+    check_unique,
+    warn_of_shared_files,
+)
 from cytossl_monai.utils.cells import plain_cell, stored_cell
 from cytossl_monai.utils.errors import TableError
-from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.utils.files import atomic_path, encodable
 
 __all__ = ["SlideRecord", "encode_labels", "id_of_file", "known_negative", "read_slide_table", "write_slide_table"]
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("slide_id", "path", "label", "patient_id", "fold", "mpp")
 NEGATIVE_NAMES = ("negative", "nilm", "normal", "benign", "0")
 """What tables call the class of slides on which nothing suspicious lies, in any case; the first that occurs counts."""
 SECTIONS = ("train", "training", "val", "valid", "validation", "test", "testing", "infer", "inference")
 """Sections of a datalist that may list bare paths; in others only items with ``image`` or ``path`` are slides."""
 
-_UNSAFE_ID = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]|^\.|\.$')
+_UNSAFE_ID = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f\ud800-\udfff]|^\.|\.$')
+"""What a file name does not hold on every system; halves of characters are bytes that are not UTF-8."""
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
 _RESERVED_ID = re.compile(
     r"(index\.html|predictions\.csv|report\.csv|con|prn|aux|nul|com[0-9]|lpt[0-9])(\.[^.]*)?", re.IGNORECASE
 )
 """Names of this program's own files beside the slides' folders, and those that Windows keeps for devices."""
 
 _MAX_ID_BYTES = 200
-_UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
-"""A column without a name: a table's trailing commas, or the index that pandas wrote."""
+_MAX_FOLD = 9999
 
 _NO_VALUE = frozenset({"nan", "na", "n/a", "<na>", "#n/a", "null"})
 """What pandas, R and Excel write where there is no value."""
-
-
-@dataclass(frozen=True)
-class SlideRecord:
-    """One slide of the table.
-
-    Args:
-        slide_id: unique name; the index, the features and the predictions are filed under it.
-        path: the slide, absolute.
-        label: class of the slide as text; None when it is not known.
-        patient_id: whose slide it is. Slides of one patient never lie on both sides of a split.
-        fold: number of the fold or None when folds are still to be drawn.
-        mpp: micrometres per pixel at level 0, when the file does not say or says it wrong.
-        extra: the table's other columns, as text (datalist: as they are); a datalist's section under ``"split"``.
-        local: a copy of the slide on a faster disk, to read the pixels from (`SlideCache`).
-    """
-
-    slide_id: str
-    path: Path
-    label: str | None
-    patient_id: str
-    fold: int | None = None
-    mpp: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    local: Path | None = None
 
 
 def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
@@ -88,8 +71,9 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
 
     Raises:
         TableError: when the table is missing, empty, without the needed columns, when a slide_id occurs twice or cannot
-            be a file name, when ``fold`` or ``mpp`` is no number, when a label or patient is written in two ways (1 and
-            1.0), or when a patient is on both sides of a given split.
+            be a file name, when ``fold`` or ``mpp`` is no number, when a known column is spelt otherwise (MPP), when a
+            label or patient is written in two ways (1 and 1.0, P1 and p1), or when a patient is on both sides of a
+            given split.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,9 +82,10 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
     records = [_record(row, where, path) for where, row in rows]
     if not records:
         raise TableError(f"slide table {path} lists no slides; add one line for each slide")
-    _check_unique(records, path)
-    _check_spelling(records, path)
-    _check_split(records, path)
+    check_unique(records, path)
+    check_spelling(records, path)
+    check_split(records, path)
+    warn_of_shared_files(records, path)
     labelled = [r for r in records if r.label is not None]
     no_value = sum(_text(row.get("label")) is not None for _, row in rows) - len(labelled)
     if no_value:
@@ -115,8 +100,12 @@ def read_slide_table(path: str | os.PathLike[str]) -> list[SlideRecord]:
 
 
 def id_of_file(path: Path) -> str:
-    """A slide_id for a slide that no table names: the file's stem, made a name that the table would take."""
-    name = _UNSAFE_ID.sub("_", path.stem.strip().lstrip(".")).encode()[:_MAX_ID_BYTES].decode("utf-8", "ignore")
+    """A slide_id for a slide that no table names: the file's stem, made a name that the table would take.
+
+    Bytes that are not UTF-8 (names from an old share) become their two digits: two names that differ stay two.
+    """
+    stem = _NO_UTF8.sub(lambda found: f"_{ord(found[0]) & 0xFF:02x}", path.stem.strip().lstrip("."))
+    name = _UNSAFE_ID.sub("_", stem).encode()[:_MAX_ID_BYTES].decode("utf-8", "ignore")
     return f"{name}_slide" if _RESERVED_ID.fullmatch(name) else name or "slide"
 
 
@@ -137,7 +126,7 @@ def write_slide_table(path: str | os.PathLike[str], records: Iterable[SlideRecor
     root = path.parent.resolve()
     with atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow([*used, *extra])
+        writer.writerow([*used, *(plain_cell(name) for name in extra)])
         for r in records:
             row: dict[str, Any] = {c: getattr(r, c) for c in used}
             row["path"] = r.path.relative_to(root) if r.path.is_relative_to(root) else r.path
@@ -208,32 +197,20 @@ def _rows_of_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 continue
             if names is None:
                 names = values
-                _check_columns(names, header, path)
+                check_columns(names, header, path)
                 continue
             where = f"line {reader.line_num}"
             if any(values[len(names) :]):
                 raise TableError(f"slide table {path}, {where}: more values than columns; quote a value with a comma")
-            row = {name: value for name, value in zip(names, values) if not _UNNAMED.fullmatch(name)}
+            row = {name: value for name, value in zip(names, values) if not UNNAMED.fullmatch(name)}
             if any(row.values()):
-                named = [name for name in names if not _UNNAMED.fullmatch(name)]
+                named = [name for name in names if not UNNAMED.fullmatch(name)]
                 rows.append((where, {**dict.fromkeys(named, ""), **row}))
     except csv.Error as error:
         raise TableError(f"slide table {path} is not readable as CSV: {error}; check its quotes") from error
     if names is None:
-        _check_columns([], header, path)
+        check_columns([], header, path)
     return rows
-
-
-def _check_columns(names: Sequence[str], header: str, path: Path) -> None:
-    absent = [c for c in ("slide_id", "path") if c not in names]
-    if absent:
-        raise TableError(
-            f"slide table {path} has no column {' and no column '.join(absent)}; "
-            f"its first line must name slide_id and path, it says {header[:120]!r}"
-        )
-    twice = [name for name, count in Counter(names).items() if count > 1 and not _UNNAMED.fullmatch(name)]
-    if twice:
-        raise TableError(f"slide table {path} names the column {twice[0][:60]!r} twice in its first line; rename one")
 
 
 def _rows_of_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -263,6 +240,7 @@ def _rows_of_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
             if not isinstance(slide, str):
                 raise TableError(f"datalist {path}, {where}: no path under 'image' or 'path'; add one")
             row["path"] = slide
+            check_keys(row, f"datalist {path}, {where}", "key")
             row.setdefault("slide_id", Path(slide).name.split(".")[0])
             if section:
                 row.setdefault("split", section)
@@ -282,7 +260,7 @@ def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
     slide_id = _text(row.get("slide_id"))
     if slide_id is None:
         raise TableError(f"{at}: slide_id is empty; give every slide a name")
-    too_long = len(slide_id.encode()) > _MAX_ID_BYTES
+    too_long = len(slide_id.encode("utf-8", "replace")) > _MAX_ID_BYTES
     if too_long or _UNSAFE_ID.search(slide_id) or _RESERVED_ID.fullmatch(slide_id):
         why = "is too long for a file name" if too_long else "cannot be a file name"
         why = "is the name of another file" if _RESERVED_ID.fullmatch(slide_id) else why
@@ -291,6 +269,10 @@ def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
     if path is None or "\0" in path:
         raise TableError(f"{at}: slide {slide_id} has no path; fill the column path")
     try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # JSON can hold half a character; a byte of a name that is not UTF-8 is one that may be
+        raise TableError(f"{at}: the path {path!r} holds what no file name can; correct it") from None
+    try:
         place = Path(path).expanduser()
     except RuntimeError:
         raise TableError(f"{at}: the path {path!r} names a home folder that there is not; correct it") from None
@@ -298,8 +280,8 @@ def _record(row: Mapping[str, Any], where: str, table: Path) -> SlideRecord:
     if mpp is not None and not 0.01 <= mpp <= 100:
         raise TableError(f"{at}: mpp is {mpp:g}, but a scan has 0.01 to 100 micrometres per pixel; correct it")
     fold = _number(row.get("fold"), "fold", at)
-    if fold is not None and (fold != int(fold) or fold < 0):
-        raise TableError(f"{at}: fold is {fold:g}; give a whole number from 0")
+    if fold is not None and (fold != int(fold) or not 0 <= fold <= _MAX_FOLD):
+        raise TableError(f"{at}: fold is {fold:g}; give a whole number from 0 to {_MAX_FOLD}")
     return SlideRecord(
         slide_id=slide_id,
         path=table.parent.resolve() / place,
@@ -320,7 +302,7 @@ def _text(value: Any) -> str | None:
 def _value(value: Any) -> str | None:
     """Text, or None for what other programs write where there is none."""
     text = _text(value)
-    return None if text is None or text.casefold() in _NO_VALUE else text
+    return None if text is None or text.casefold() in _NO_VALUE else encodable(text)
 
 
 def _number(value: Any, name: str, at: str) -> float | None:
@@ -334,54 +316,6 @@ def _number(value: Any, name: str, at: str) -> float | None:
     if not np.isfinite(number):
         raise TableError(f"{at}: {name} is {text!r}, which is no number; correct it or leave it empty")
     return number
-
-
-def _check_unique(records: Sequence[SlideRecord], path: Path) -> None:
-    first: dict[str, SlideRecord] = {}
-    for record in records:
-        # Two names that differ in case alone, or in how an accent is written, are one file on Windows and macOS.
-        key = unicodedata.normalize("NFC", record.slide_id).casefold()
-        other = first.setdefault(key, record)
-        if other is not record:
-            again = (
-                "twice" if other.slide_id == record.slide_id else f"twice, once as {other.slide_id!r} (one file name)"
-            )
-            raise TableError(
-                f"slide table {path} lists slide_id {record.slide_id!r} {again} ({other.path} and {record.path}); "
-                "give every slide a name of its own"
-            )
-
-
-def _check_spelling(records: Sequence[SlideRecord], path: Path) -> None:
-    """Refuse one label or patient in two spellings: 1 beside 1.0 would be two classes, or a patient on both sides."""
-    for column in ("label", "patient_id"):
-        spelt: dict[str, str] = {}
-        for record in records:
-            value = getattr(record, column)
-            if value is None:
-                continue
-            key = re.sub(r"^([+-]?\d+)\.0+$", r"\1", value)
-            other = spelt.setdefault(key, value)
-            if other != value:
-                raise TableError(
-                    f"slide table {path} writes one {column} in two ways, {other!r} and {value!r}; write it in one "
-                    "(a spreadsheet or pandas turns whole numbers into fractions where a cell is empty)"
-                )
-
-
-def _check_split(records: Sequence[SlideRecord], path: Path) -> None:
-    sides: dict[str, dict[str, str]] = {}
-    for record in records:
-        for kind, side in (("fold", record.fold), ("split", record.extra.get("split"))):
-            if side in (None, ""):
-                continue
-            known = sides.setdefault(f"{kind}/{record.patient_id}", {"side": str(side), "slide": record.slide_id})
-            if known["side"] != str(side):
-                raise TableError(
-                    f"slide table {path}: patient {record.patient_id} is on both sides of the {kind}: slide "
-                    f"{known['slide']} in {known['side']}, slide {record.slide_id} in {side}; put all slides of a "
-                    "patient on one side"
-                )
 
 
 def _some(names: Sequence[str], at_most: int = 5) -> str:

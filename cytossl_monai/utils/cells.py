@@ -1,9 +1,11 @@
-"""Cells of CSV files that a spreadsheet shows and does not run."""
+"""Cells of CSV files that can be written, and that a spreadsheet shows and does not run."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
+
+from cytossl_monai.utils.files import encodable
 
 __all__ = ["plain_cell", "stored_cell"]
 
@@ -16,7 +18,8 @@ def plain_cell(value: Any) -> Any:
     """A value as it is safe in a CSV file that somebody opens with Excel or LibreOffice.
 
     Text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return is run as a formula there; an
-    apostrophe in front makes it text (OWASP, CSV injection). Numbers stay, and so does text that is one.
+    apostrophe in front makes it text (OWASP, CSV injection). Numbers stay, and so does text that is one. What cannot be
+    written as UTF-8, such as a file name from an old share, is written out (see `encodable`).
 
     Args:
         value: anything that goes into a cell.
@@ -24,6 +27,8 @@ def plain_cell(value: Any) -> Any:
     Returns:
         the text with an apostrophe in front where it needs one, else the value itself.
     """
+    if isinstance(value, str):
+        value = encodable(value)
     if isinstance(value, str) and _RUNS.match(value) and not _NUMBER.fullmatch(value):
         return f"'{value}"
     return value

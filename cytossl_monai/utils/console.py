@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["ConsoleHandler", "log_run", "write_above_bars"]
+__all__ = ["ConsoleHandler", "log_run", "print_anything", "write_above_bars"]
 
 RUN_LOG = "run.log"
 
@@ -33,7 +34,7 @@ class _RunLog(logging.FileHandler):
         self.folder = folder.absolute()
         rank = os.environ.get("RANK", "0")
         name = RUN_LOG if rank == "0" else f"run.{rank}.log"
-        super().__init__(folder / name, encoding="utf-8")
+        super().__init__(folder / name, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s  %(levelname)s  %(name)s  %(message)s"))
 
 
@@ -50,6 +51,16 @@ def write_above_bars() -> None:
             ours.setFormatter(handler.formatter)
             ours.setLevel(handler.level)
             root.handlers[place] = ours
+
+
+def print_anything() -> None:
+    """Let ``print`` write out what the terminal's encoding has not, as standard error does, instead of ending the run.
+
+    Such is a file name that is not UTF-8, or an accent where the terminal knows ASCII alone. A notebook's own output
+    stays as it is.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def log_run(folder: str | os.PathLike[str]) -> Path | None:

@@ -21,6 +21,7 @@ from cytossl_monai.utils.errors import CheckpointError, InputError, OutputError,
 
 __all__ = [
     "atomic_path",
+    "encodable",
     "file_fingerprint",
     "process_born",
     "read_json",
@@ -192,10 +193,19 @@ def process_born(pid: int) -> int | None:
         return None
 
 
+def encodable(text: str) -> str:
+    """Text that any file, page or terminal in UTF-8 takes.
+
+    Python hands on the bytes of a file name, or of another tool's text, that are not UTF-8 as halves of characters,
+    which nothing can write. They become ``\\udcfc`` (an escape that JSON knows too); all else stays.
+    """
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8, atomically."""
+    """Write ``text`` to ``path`` as UTF-8, atomically; what UTF-8 has not is written as by ``encodable``."""
     with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(encodable(text), encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
@@ -305,7 +315,7 @@ def _folder_digest(folder: Path) -> bytes:
         if not member.is_file():
             continue
         size = member.stat().st_size
-        digest.update(f"{member.relative_to(folder)}:{size}".encode())
+        digest.update(encodable(f"{member.relative_to(folder)}:{size}").encode())
         with open(member, "rb") as stream:
             digest.update(stream.read(_MEMBER_BYTES))
             stream.seek(max(_MEMBER_BYTES, size - _MEMBER_BYTES))

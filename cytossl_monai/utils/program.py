@@ -12,8 +12,9 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from cytossl_monai.utils.console import write_above_bars
+from cytossl_monai.utils.console import print_anything, write_above_bars
 from cytossl_monai.utils.errors import TRACEBACK, InputError, RunError, TrainingDiverged, WorkerDiedError, causes
+from cytossl_monai.utils.files import encodable
 
 __all__ = ["EXIT_INTERRUPTED", "keep_logs_in", "plain_cause", "plain_errors", "sentence"]
 
@@ -123,6 +124,7 @@ def plain_errors() -> None:
     handlers that were set up since: those of a bundle's ``logging.conf``.
     """
     global _before
+    print_anything()
     write_above_bars()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_tells_something_new)
@@ -165,7 +167,8 @@ def _write_log(kind: type[BaseException], error: BaseException, trace: Traceback
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(f"{' '.join(sys.argv)}\n\n{text}", encoding="utf-8")
+            words = encodable(f"{' '.join(sys.argv)}\n\n{text}")
+            (folder / name).write_text(words, encoding="utf-8")
         except OSError:
             continue
         return folder / name

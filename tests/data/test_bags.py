@@ -93,6 +93,8 @@ def test_targets():
     assert labels.tolist() == [[1, 1], [0, 0], [1, 0]]
     with pytest.raises(TableError, match="'hsil', which is none of"):
         encode_targets(rows, "multilabel", ["candida"])
+    with pytest.raises(TableError, match="finding is written in two ways, 'candida' and 'Candida'"):
+        encode_targets([*rows, record("4", "Candida|hsil")], "multilabel")
     with pytest.raises(TableError, match="at least two classes"):
         encode_targets([record("1"), record("2")])
     with pytest.raises(TableError, match="none of the classes"):

@@ -135,6 +135,17 @@ def test_datalist(tmp_path):
         ("slide_id,path\n\u00e9,x.tif\ne\u0301,y.tif\n", "one file name"),
         ("slide_id,path,label\na,x,1\nb,y,1.0\n", "label in two ways, '1' and '1.0'"),
         ("slide_id,path,patient_id\na,x,7.0\nb,y,7\n", "patient_id in two ways"),
+        ("slide_id,path,patient_id\na,x,P0\nb,y,p0\n", "patient_id in two ways, 'P0' and 'p0'"),
+        ("slide_id,path,patient_id\na,x,M\u00fcller\nb,y,Mu\u0308ller\n", r"'M\\xfcller' and 'Mu\\u0308ller'"),
+        ("slide_id,path,patient_id\na,x,P 1\nb,y,P\u00a01\n", "patient_id in two ways"),
+        ("slide_id,path,patient_id\na,x,P 1\nb,y,P  1\n", "patient_id in two ways"),
+        ("slide_id,path,label\na,x,Positive\nb,y,positive\n", "label in two ways, 'Positive' and 'positive'"),
+        ("slide_id,path,MPP\na,x,0.25\n", r"column 'MPP': did you mean mpp\?; rename it"),
+        ("slide_id,path,Fold\na,x,0\n", "did you mean fold"),
+        ("Slide ID,path\na,x\n", "did you mean slide_id"),
+        ("slide_id,path,Patient ID\na,x,p\n", "did you mean patient_id"),
+        ("slide_id,path,patient_id,PatientID\na,x,p,p\n", "did you mean patient_id"),
+        ("slide_id,path,Split\na,x,train\n", "did you mean split"),
         ('slide_id,path\na,"x.tif\n', "check its quotes"),
         (f"slide_id,path,{'x' * 200_000}\na,x.tif\n", "check its quotes"),
         (f"{'x' * 1000},path\na,x.tif\n", "no column slide_id"),
@@ -142,6 +153,8 @@ def test_datalist(tmp_path):
         ("slide_id,path,mpp\na,x,nan\n", "no number"),
         ("slide_id,path,mpp\na,x,0\n", "micrometres per pixel"),
         ("slide_id,path,fold\na,x,1.5\n", "whole number"),
+        ("slide_id,path,fold\na,x,-1\n", "whole number"),
+        ("slide_id,path,fold\na,x,1e300\n", "fold is 1e.300; give a whole number from 0 to 9999"),
         ("slide_id,path\na,x,y\n", "more values"),
         ("slide_id,path,path\na,x,y\n", "column .path. twice"),
         ("slide_id,path,patient_id,fold\na,x,p,0\nb,y,p,1\n", "patient p is on both sides"),
@@ -154,6 +167,46 @@ def test_malformed_tables(tmp_path, text, says):
         read_slide_table(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_of_a_datalist_are_spelt_as_columns_are(tmp_path):
+    content = [{"image": "a.tif", "Label": 1}]
+    with pytest.raises(TableError, match=r"list\.json, item 0: key 'Label': did you mean label\?; rename it"):
+        read_slide_table(write(tmp_path, json.dumps(content), "list.json"))
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ('{"image": "\\udcfc.tif"}', "cannot be a file name"),
+        ('{"image": "\\ud83d.tif", "slide_id": "a"}', "holds what no file name can"),
+    ],
+)
+def test_halves_of_characters_in_a_datalist_are_refused(tmp_path, item, says):
+    with pytest.raises(TableError, match=says):
+        read_slide_table(write(tmp_path, f"[{item}]", "list.json"))
+
+
+def test_halves_of_characters_that_are_kept_can_be_written(tmp_path):
+    text = r'[{"image": "\udcfc.tif", "slide_id": "a", "patient_id": "p\udcfc", "n\udcfc": "\udcfc"}]'
+    records = read_slide_table(write(tmp_path, text, "list.json"))
+    assert records[0].path.name == "\udcfc.tif"  # as Python calls a file whose name is not UTF-8
+    (back,) = read_slide_table(write_slide_table(tmp_path / "out.csv", records))
+    assert (back.patient_id, back.extra) == (r"p\udcfc", {r"n\udcfc": r"\udcfc"})
+
+
+def test_one_file_of_two_patients_is_said_once(tmp_path, caplog):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/x.tif").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "y.tif").symlink_to(tmp_path / "real/x.tif")
+    rows = "a,real/x.tif,p\nb,link/x.tif,q\nc,y.tif,r\nd,real/z.tif,s\n"
+    read_slide_table(write(tmp_path, "slide_id,path,patient_id\n" + rows))
+    (said,) = [r.getMessage() for r in caplog.records if "both sides" in r.getMessage()]
+    assert "2 slides are the file of another patient's slide, the first a of patient p and b of patient q" in said
+    caplog.clear()
+    read_slide_table(write(tmp_path, "slide_id,path,patient_id\na,real/x.tif,p\nb,real/./x.tif,p\nc,real/z.tif,q\n"))
+    assert not caplog.records
 
 
 def test_missing_and_binary_tables(tmp_path):

@@ -33,6 +33,7 @@ BODIES = {
     "unexpected": "{}['surprise']",
     "interrupted": "raise KeyboardInterrupt",
     "system": "open('/nowhere/at/all')",
+    "printed": "print('M\\udcfcller.svs', flush=True)",
     "memory": "raise MemoryError('Unable to allocate 1 TiB')",
 }
 
@@ -134,3 +135,9 @@ def test_memory_that_ran_out_is_one_sentence() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)  # PyTorch has no error of its own for it on a CPU
     assert re.fullmatch(advice, told(caught.value))
+
+
+def test_what_the_terminal_has_not_is_printed_all_the_same() -> None:
+    for encoding in ("utf-8", "ascii"):
+        done = end("printed", PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "M\\udcfcller.svs\n", "")

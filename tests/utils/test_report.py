@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from pathlib import Path
+
 import pytest
 
 from cytossl_monai.utils.errors import SlideError
+from cytossl_monai.utils.files import write_text
 from cytossl_monai.utils.report import RunReport
 
 FAILURES = [
@@ -44,3 +49,15 @@ def test_a_run_that_is_asked_to_stop_stops(stop: type[BaseException]) -> None:
     with pytest.raises(stop), report.item("a"):
         raise stop
     assert report.items == []
+
+
+def test_what_utf8_has_not_is_written_out(tmp_path: Path) -> None:
+    """A byte of a file name, or of another tool's text, that is not UTF-8 costs no run its report."""
+    report = RunReport("try", tmp_path / "report.csv")
+    report.add("a\udcfc", "failed", "M\udcfcller.svs is torn")
+    report.save()
+    with open(tmp_path / "report.csv", newline="", encoding="utf-8") as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["item"], row["message"]) == (r"a\udcfc", r"M\udcfcller.svs is torn")
+    write_text(tmp_path / "page.json", json.dumps("\u00fc \udcfc", ensure_ascii=False))
+    assert json.loads((tmp_path / "page.json").read_text(encoding="utf-8")) == "\u00fc \udcfc"

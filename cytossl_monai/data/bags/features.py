@@ -11,8 +11,9 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
+from cytossl_monai.data.bags.attributes import plain_attributes
 from cytossl_monai.utils.errors import FeatureError
-from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.utils.files import atomic_path, encodable
 
 __all__ = ["Features", "read_feature_attrs", "read_features", "write_features"]
 
@@ -107,6 +108,7 @@ def write_features(
         file.create_dataset("coords", data=places.astype(np.int64))
         for key, value in full.items():
             value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            value = encodable(value) if isinstance(value, str) else value
             file.attrs[key] = value
             file["coords"].attrs[key] = value
     return path
@@ -128,7 +130,7 @@ def read_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
 
     Raises:
         FeatureError: when the file is missing, damaged, of another form, without a tile, not finite, or made by another
-            encoder.
+            encoder, or when a known attribute is of another kind or out of range.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -138,7 +140,7 @@ def read_features(path: str | os.PathLike[str], encoder: str | None = None) -> F
             coords = None if placed is None else np.asarray(placed[()])
         except (KeyError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise FeatureError(f"feature file {path} cannot be read ({error}); make it again") from error
-        attrs = _attributes(file, stored, placed)
+        attrs = _attributes(file, stored, placed, path)
     features = features.reshape(_bag_shape(features.shape))
     if coords is None:
         coords = np.full((len(features), 2), NO_PLACE, np.int64)
@@ -169,12 +171,12 @@ def read_feature_attrs(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: the HDF5 file.
 
     Raises:
-        FeatureError: when the file is missing, damaged or of another form.
+        FeatureError: when the file is missing, damaged or of another form, its known attributes too.
     """
     path = Path(path)
     with _opened(path) as file:
         stored, placed = _datasets(file, path)
-        return {**_attributes(file, stored, placed), "shape": _bag_shape(tuple(int(n) for n in stored.shape))}
+        return {**_attributes(file, stored, placed, path), "shape": _bag_shape(tuple(int(n) for n in stored.shape))}
 
 
 def _datasets(file: h5py.File, path: Path) -> tuple[h5py.Dataset, h5py.Dataset | None]:
@@ -244,20 +246,13 @@ def _opened(path: Path) -> h5py.File:
         raise FeatureError(f"feature file {path} is damaged or no HDF5 ({error}); delete it and embed again") from error
 
 
-def _attributes(file: h5py.File, stored: h5py.Dataset, placed: h5py.Dataset | None) -> dict[str, Any]:
-    attrs: dict[str, Any] = {}
-    for holder in (stored, *(() if placed is None else (placed,)), file):
-        for key, value in holder.attrs.items():
-            if isinstance(value, bytes):
-                value = value.decode("utf-8", "replace")
-            elif isinstance(value, np.generic):
-                value = value.item()
-            attrs[key] = value
+def _attributes(file: h5py.File, stored: h5py.Dataset, placed: h5py.Dataset | None, path: Path) -> dict[str, Any]:
+    attrs = plain_attributes((stored, *(() if placed is None else (placed,)), file), path)
     if stored.name == "/feats":
         # STAMP writes coordinates in micrometres: pixels of one micrometre, as it were.
         attrs.setdefault("level0_mpp", 1.0)
         if "tile_size_um" in attrs:
             attrs.setdefault("patch_size_level0", round(float(attrs["tile_size_um"])))
         if "extractor" in attrs:
-            attrs.setdefault("encoder_name", str(attrs["extractor"]))
+            attrs.setdefault("encoder_name", attrs["extractor"])
     return attrs

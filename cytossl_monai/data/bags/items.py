@@ -12,6 +12,7 @@ import numpy as np
 
 from cytossl_monai.data.bags.features import read_feature_attrs
 from cytossl_monai.data.slide_table import SlideRecord, encode_labels, known_negative, read_slide_table
+from cytossl_monai.data.table_checks import spelt_twice
 from cytossl_monai.utils.errors import FeatureError, TableError
 
 __all__ = ["Item", "bag_encoder", "bag_items", "encode_targets"]
@@ -53,6 +54,9 @@ def encode_targets(
         [part.strip() for part in str(r.label).replace(";", "|").split("|") if part.strip() not in ("", "none")]
         for r in records
     ]
+    pair = spelt_twice(name for row in found for name in row)
+    if pair is not None:
+        raise TableError(f"one finding is written in two ways, {pair[0]} and {pair[1]}; write it in one")
     names = [str(c) for c in classes] if classes is not None else sorted({name for row in found for name in row})
     if not names:
         raise TableError("no slide has a finding; a classifier needs some")

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 import cytossl_monai
 from cytossl_monai.data.tiles.dataset import Item, Key, apply_transform, split_keys
 from cytossl_monai.utils.errors import InputError
-from cytossl_monai.utils.files import file_fingerprint, write_json
+from cytossl_monai.utils.files import encodable, file_fingerprint, write_json
 
 __all__ = ["TileCache"]
 
@@ -285,7 +285,7 @@ def _describe(dataset: Any, update: Callable[[bytes], Any]) -> None:
         return
     described: Mapping[str, Any] = dataset.cache_key()
     for path in described["files"]:
-        update(f"{path}:{file_fingerprint(path)}".encode())
+        update(encodable(f"{path}:{file_fingerprint(path)}").encode())
     for array in described["arrays"]:
         update(np.ascontiguousarray(array).tobytes())
     update(json.dumps(described["settings"], sort_keys=True, default=str).encode())

@@ -39,6 +39,8 @@ class CuCIMBackend(Backend):
             raise BackendError("cuCIM is not installed (pip install --no-deps cucim-cu12)") from error
         try:
             self._image = CuCIMWSIReader().read(str(path))
+        except TypeError as error:  # another reader may take the bytes of such a name as they are
+            raise BackendError("takes no path that is not UTF-8") from error
         except (ValueError, RuntimeError) as error:
             raise BackendError(str(error)) from error
         dimensions = [tuple(size) for size in self._image.resolutions["level_dimensions"]]

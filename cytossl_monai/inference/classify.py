@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cytossl_monai.data.bags.seen import seen_items
 from cytossl_monai.data.slide_table import known_negative
 from cytossl_monai.networks.describe import describe_classifier
 from cytossl_monai.networks.files import load_classifier, require_trained
@@ -148,6 +149,17 @@ class SlideClassifier:
             {"file": str(file), "method": describe_classifier(member.network), "encoder": member.encoder}
             for file, member in zip(self.files, self.members)
         ]
+
+    def has_seen(self, slide_id: str, patient_id: str) -> bool:
+        """Whether a member was trained, chosen or calibrated on this slide or another of its patient, as far as known.
+
+        Args:
+            slide_id: as in the slide table of training.
+            patient_id: the same.
+        """
+        item = {"slide_id": slide_id, "patient_id": patient_id}
+        parts = ("learned", "chosen")
+        return any(seen_items([item], member.meta.get("seen"), part) for member in self.members for part in parts)
 
     def suspicion(self, probabilities: np.ndarray) -> np.ndarray:
         """Suspicion (...) of probabilities (..., C)."""

@@ -331,6 +331,7 @@ class SlideEvidence(Transform):
             },
             "encoder": self.encoder,
             "classifier": {"hash": self._hash, "members": self.classifier.versions},
+            "seen_in_training": self.classifier.has_seen(str(item["slide_id"]), record.patient_id),
             "software": {"cytossl_monai": cytossl_monai.__version__, "torch": torch.__version__},
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": {

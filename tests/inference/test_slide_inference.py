@@ -15,12 +15,13 @@ from inference_toy import make_classifier, make_encoder, run_inference
 from PIL import Image
 
 from cytossl_monai.data.bags.features import read_features, write_features
+from cytossl_monai.data.bags.seen import seen_digests
 from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.write import write_pyramid
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference import embed as embedder, evidence
 from cytossl_monai.inference.evidence import EVIDENCE
-from cytossl_monai.networks.files import load_classifier, load_encoder, save_encoder
+from cytossl_monai.networks.files import load_classifier, load_encoder, save_classifier, save_encoder
 from cytossl_monai.utils.errors import CheckpointError, TableError
 from cytossl_monai.utils.files import atomic_path
 from cytossl_monai.utils.report import EXIT_PARTIAL
@@ -325,6 +326,18 @@ def test_folds_are_averaged(cohort, inferred, tmp_path):
     assert prediction["suspicion"] == pytest.approx(np.mean(alone))
     assert prediction["suspicion_spread"] == pytest.approx(np.std(alone))
     assert "3 folds of ABMIL" in (tmp_path / "all" / "slide_0001" / "report.html").read_text()
+
+
+def test_a_slide_of_the_training_is_told(cohort, inferred, tmp_path):
+    classifier = load_classifier(cohort.classifier)
+    classifier.meta["seen"] = seen_digests([{"slide_id": "slide_0001", "patient_id": "slide_0001"}])
+    save_classifier(tmp_path / "seen.pt", classifier)
+    settings = {"features_dir": str(inferred / "cache" / "features"), "evidence": ["report"]}
+    run_inference(cohort, tmp_path / "out", classifier=str(tmp_path / "seen.pt"), **settings)
+    for slide, seen in (("slide_0000", False), ("slide_0001", True)):
+        assert prediction_of(tmp_path / "out", slide)["seen_in_training"] is seen
+        page = (tmp_path / "out" / slide / "report.html").read_text(encoding="utf-8")
+        assert ("The classifier has seen this slide" in page) is seen
 
 
 def test_an_unforeseen_error_costs_only_its_slide(cohort, tmp_path, monkeypatch, caplog):

@@ -15,7 +15,7 @@ from typing import Literal
 
 from cytossl_monai.utils.cells import plain_cell
 from cytossl_monai.utils.errors import failure
-from cytossl_monai.utils.files import atomic_path
+from cytossl_monai.utils.files import atomic_path, encodable
 
 __all__ = ["EXIT_PARTIAL", "ItemProgress", "ItemStatus", "RunReport", "finish"]
 
@@ -65,7 +65,8 @@ class RunReport:
     items: list[ItemStatus] = field(default_factory=list)
 
     def add(self, item: str, status: Status, message: str = "", seconds: float = 0.0) -> None:
-        """Add one line and log it; failures are logged as errors."""
+        """Add one line and log it; failures are logged as errors. What UTF-8 has not is written out (`encodable`)."""
+        item, message = encodable(item), encodable(message)
         self.items.append(ItemStatus(item, status, message, seconds))
         level = logging.ERROR if status == "failed" else logging.WARNING if status == "empty" else logging.INFO
         logger.log(level, "%s %s: %s%s", self.title, item, status, f" - {message}" if message else "")

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from cytossl_monai import __version__
-from cytossl_monai.utils.errors import InputError, SlideError
+from cytossl_monai.utils.errors import InputError, SlideError, first_line
 
 __all__ = ["Finding", "decodable", "doctor", "examine_disk", "examine_machine", "examine_slide"]
 
@@ -131,7 +131,7 @@ def decodable(folder: Path) -> dict[str, dict[str, str]]:
             try:
                 backend = kind(path)
             except BackendError as error:
-                results[name][compression] = _short(error)
+                results[name][compression] = first_line(error, 80)
                 continue
             try:
                 seen = probe(backend)[0][1].astype(int)
@@ -139,7 +139,7 @@ def decodable(folder: Path) -> dict[str, dict[str, str]]:
                 if np.abs(seen - middle).mean() > 4:
                     results[name][compression] = "decodes other pixels"
             except BackendError as error:
-                results[name][compression] = _short(error)
+                results[name][compression] = first_line(error, 80)
             finally:
                 backend.close()
     return results
@@ -157,10 +157,6 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__
 
 
 def examine_readers() -> Iterator[Finding]:

@@ -120,19 +120,18 @@ def bundle_command(name: str, settings: dict[str, str], overlays: Sequence[str] 
     command = COMMANDS[name]
     config = _config(command)
     known = read_settings(config)[1]
-    # A cross-validation or few-shot curve starts trainings: what is laid over it is meant for these.
-    trains = any(setting.name == "overlays" for setting in known)
-    for overlay in [] if trains else overlays:
+    paths = [str(Path(overlay).absolute()) for overlay in overlays]
+    if overlays and any(setting.name == "overlays" for setting in known):
+        # A cross-validation starts trainings: what is laid over it is meant for these.
+        if "overlays" in settings:
+            raise InputError(f"cytossl {name}: --overlay and --overlays mean the same here; give one of them")
+        settings, overlays, paths = {**settings, "overlays": str(paths)}, (), []
+    for overlay in overlays:
         known = known + read_settings(Path(overlay))[1]
     check_names(list(settings), known, name)
     for key in command.required:
         if key not in settings:
             raise InputError(f"cytossl {name} needs --{key}; cytossl {name} --help says what it is")
-    paths = [str(Path(overlay).absolute()) for overlay in overlays]
-    if paths and trains:
-        if "overlays" in settings:
-            raise InputError(f"cytossl {name}: --overlay and --overlays mean the same here; give one of them")
-        settings, paths = {**settings, "overlays": str(paths)}, []
     files = str([str(config), *paths]) if paths else str(config)
     line = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
     for key, value in settings.items():

@@ -31,7 +31,7 @@ COLUMNS = ("slide_id", "path", "label", "patient_id", "fold", "mpp")
 UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
 """A column without a name: a table's trailing commas, or the index that pandas wrote."""
 
-_KNOWN = {re.sub("_", "", name): name for name in (*COLUMNS, "split")}
+_KNOWN = {name.replace("_", ""): name for name in (*COLUMNS, "split")}
 _BETWEEN_WORDS = re.compile(r"[\s_-]+")
 _WHOLE_AS_FRACTION = re.compile(r"^([+-]?\d+)\.0+$")
 

@@ -137,9 +137,9 @@ class BestClassifier:
         if self.splits is not None:
             learned, chosen = list(self.splits["train"]), list(self.splits["val"])
             self.classifier.meta["seen"] = seen_digests([*learned, *chosen] if closed_form else learned, chosen)
-        if self.tile_choice is not None and self.tile_choice.choice.tiles_per_slide is not None:
+        if self.tile_choice is not None:
             choice = self.tile_choice.choice
-            self.classifier.meta["tile_choice"] = [int(choice.tiles_per_slide or 0), int(choice.seed)]
+            self.classifier.meta["tile_choice"] = [choice.tiles_per_slide, choice.seed]
         save_classifier(self.path, self.classifier)
         if self.log_path is not None:
             with atomic_path(self.log_path) as partial, open(partial, "w", newline="", encoding="utf-8") as stream:

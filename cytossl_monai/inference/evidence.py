@@ -22,7 +22,7 @@ from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.inference.classify import SlideClassifier, SlidePrediction
-from cytossl_monai.inference.instances import index_hash
+from cytossl_monai.inference.instances import damage_in_words, index_hash
 from cytossl_monai.networks.describe import describe_network
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash_0_1
 from cytossl_monai.utils.errors import CheckpointError, FeatureError
@@ -374,6 +374,5 @@ def _write_tiles(path: Path, index: TileIndex, prediction: SlidePrediction, orde
 def _message(answer: Mapping[str, Any]) -> str:
     if answer.get("label") is None:
         return "no cells found"
-    count, lost = f"{answer['tiles']['count']} {kind_of(answer)}s", answer["tiles"].get("unreadable_fields")
-    damage = f"; {lost} damaged fields left out" if lost else ""
-    return f"{answer['label']}, suspicion {answer['suspicion']:.3f}, {count}{damage}"
+    count, lost = f"{answer['tiles']['count']} {kind_of(answer)}s", answer["tiles"].get("unreadable_fields", 0)
+    return f"{answer['label']}, suspicion {answer['suspicion']:.3f}, {count}{damage_in_words(lost)}"

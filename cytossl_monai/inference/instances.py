@@ -12,7 +12,7 @@ from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.index.damage import check_unreadable
 from cytossl_monai.index.settings import IndexSettings
 
-__all__ = ["in_words", "index_hash", "sound_instances", "stored_instances"]
+__all__ = ["damage_in_words", "in_words", "index_hash", "sound_instances", "stored_instances"]
 
 
 def index_hash(index: TileIndex) -> str:
@@ -73,8 +73,12 @@ def in_words(index: TileIndex, left_out: int = 0, kind: str | None = None) -> st
         kind: what they are called; None for ``tiles`` or ``nuclei``.
     """
     lost = int(index.meta.get("unreadable_fields", 0)) + left_out
-    damage = f"; {lost} damaged fields left out" if lost else ""
-    return f"{len(index) - left_out} {kind or index.meta.get('instances', 'tiles')}{damage}"
+    return f"{len(index) - left_out} {kind or index.meta.get('instances', 'tiles')}{damage_in_words(lost)}"
+
+
+def damage_in_words(lost: int) -> str:
+    """What is put behind a number of instances where so many fields were left out as damaged."""
+    return f"; {lost} damaged fields left out" if lost else ""
 
 
 def _part(index: TileIndex, kept: np.ndarray) -> TileIndex:

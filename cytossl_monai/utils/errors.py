@@ -21,6 +21,7 @@ __all__ = [
     "WorkerDiedError",
     "causes",
     "failure",
+    "first_line",
     "reason",
 ]
 
@@ -102,6 +103,12 @@ def reason(error: BaseException) -> str:
     """What a library's error says, in one line of at most 160 characters, for the brackets of a sentence."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:160] or type(error).__name__
+
+
+def first_line(error: BaseException, most: int = 120) -> str:
+    """The first line of what a library's error says, at most so many characters; its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:most] if text else type(error).__name__
 
 
 def failure(error: Exception) -> str:

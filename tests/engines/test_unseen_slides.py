@@ -18,7 +18,7 @@ from cytossl_monai.data.bags.items import bag_items
 from cytossl_monai.data.bags.seen import seen_digests, seen_items
 from cytossl_monai.data.bags.splits import split_items
 from cytossl_monai.engines.bundle import run_training
-from cytossl_monai.engines.mil.cross_validate import cross_validate
+from cytossl_monai.engines.mil.cross_validate import CrossValidation, cross_validate
 from cytossl_monai.engines.mil.few_shot import few_shot_curve
 from cytossl_monai.networks.files import load_classifier
 from cytossl_monai.utils.errors import SettingError
@@ -47,20 +47,17 @@ def datalist(cohort: Path, **sections: list[str]) -> Path:
     return path
 
 
+def folds(configs: Path, cohort: Path, table: Path, **overrides: Any) -> CrossValidation:
+    """A short cross-validation of three folds."""
+    settings: dict[str, Any] = {"n_folds": 3, "num_workers": 0, "n_resamples": 10, "overrides": {**SHORT, **overrides}}
+    return cross_validate(configs / "train.json", table, cohort / "features", cohort / "out", **settings)
+
+
 def test_folds_keep_their_slides_out_whatever_the_table_says(cohort: Path, configs: Path) -> None:
     """A datalist's section "training" once put every slide, those of the test fold too, into the training."""
     names = pd.read_csv(cohort / "slides.csv")["slide_id"].tolist()
     table = datalist(cohort, training=names[:24], testing=names[24:])
-    done = cross_validate(
-        configs / "train.json",
-        table,
-        cohort / "features",
-        cohort / "out",
-        n_folds=3,
-        overrides=SHORT,
-        num_workers=0,
-        n_resamples=10,
-    )
+    done = folds(configs, cohort, table)
     assert sorted(done.slides) == sorted(names[:24])  # what is kept for a test is in no fold
     items = {item["slide_id"]: item for item in bag_items(table, cohort / "features")}
     for fold in range(3):
@@ -126,16 +123,7 @@ def test_validation_slides_are_judged_with_a_warning_unless_they_were_learned_fr
 
 
 def test_held_out_slides_are_judged_on_the_tiles_that_the_settings_choose(cohort: Path, configs: Path) -> None:
-    done = cross_validate(
-        configs / "train.json",
-        cohort / "slides.csv",
-        cohort / "features",
-        cohort / "out",
-        n_folds=3,
-        overrides={**SHORT, "tiles_per_slide": 3},
-        num_workers=0,
-        n_resamples=10,
-    )
+    done = folds(configs, cohort, cohort / "slides.csv", tiles_per_slide=3)
     for slide, fold, told in zip(done.slides[:6], done.folds[:6], done.probabilities[:6], strict=True):
         bag = read_features(cohort / "features" / f"{slide}.h5")
         rows = choose_tiles(bag.coords, int(bag.attrs.get("patch_size_level0") or 0), 3, slide, 0)
@@ -173,10 +161,4 @@ def test_digests_know_slides_and_patients_and_tell_no_name() -> None:
 def test_a_cross_validation_does_not_take_what_names_other_test_slides(cohort: Path, configs: Path) -> None:
     for name, value in (("holdout", 0.3), ("splits", {}), ("items", [])):
         with pytest.raises(SettingError, match=name):
-            cross_validate(
-                configs / "train.json",
-                cohort / "slides.csv",
-                cohort / "features",
-                cohort / "out",
-                overrides={name: value},
-            )
+            folds(configs, cohort, cohort / "slides.csv", **{name: value})

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cytossl_monai.data.slides.resolution import Resolution, tiff_resolution
+from cytossl_monai.utils.errors import first_line
 
 __all__ = ["DAMAGED", "Contradiction", "TiffTiles", "read_tiff_tiles"]
 
@@ -300,7 +301,7 @@ def _decoder_complaint(level: _Level, tile: int, handle: int) -> str | None:
         if pixels is not None and pixels.size < int(np.prod(shape)):
             return "it decodes to fewer pixels than it should"
     except Exception as error:  # noqa: BLE001 - every codec has an error class of its own
-        return _in_short(error)
+        return first_line(error)
     return None
 
 
@@ -316,12 +317,8 @@ def jpeg_complaint(data: bytes, components: int = 3) -> str | None:
     try:  # at an eighth of the size, which reads every byte and takes a fraction of the time
         simplejpeg.decode_jpeg(data, "GRAY" if components == 1 else "RGB", min_height=1, min_width=1, strict=True)
     except Exception as error:  # noqa: BLE001 - ValueError, or what Cython makes of a file that is none
-        return _in_short(error)
+        return first_line(error)
     return None
-
-
-def _in_short(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
 
 
 _MAX_CACHED = 64

@@ -300,7 +300,7 @@ def _train_and_judge(
             "out_of_fold": {name: i.as_dict() for name, i in intervals.items()},
             "n_slides": len(items),
             "seen": seen_digests(items),
-            **{key: members[0].meta[key] for key in ("tile_choice",) if key in members[0].meta},
+            "tile_choice": list(members[0].tile_choice),
         },
     )
     logger.info("ensemble of %s", [network_config(m.network)["_target_"] for m in members[:1]])

@@ -196,7 +196,7 @@ def standardise(network: MILModel, dataset: BagDataset, validation: BagDataset |
         the network.
     """
     network.set_standardisation(*feature_statistics(dataset))
-    places = [(dataset, i) for i in range(len(dataset.data))]
+    places = [(dataset, i) for i in range(len(dataset))]
     if network.closed_form and validation is not None:
         known = {item["slide_id"] for item in dataset.data}
         places += [(validation, i) for i, item in enumerate(validation.data) if item["slide_id"] not in known]

@@ -110,7 +110,7 @@ class MILClassifier(nn.Module):
     @property
     def tile_choice(self) -> tuple[int | None, int]:
         """How many tiles of a slide it was trained on, None for all, and the seed that chose them."""
-        number, seed = self.meta.get("tile_choice") or (None, 0)
+        number, seed = self.meta.get("tile_choice", (None, 0))
         return number, seed
 
     @torch.jit.unused

@@ -30,8 +30,22 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 if [ -n "$wheels" ]; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
-  echo "gpu.sh: wheels of $wheels"
-  "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
-  export PYTHONPATH=$PYTHONPATH:$site # behind: what is installed is used
+  # Only what is missing: PYTHONPATH comes before what is installed, which would be hidden.
+  mapfile -t missing < <("$python" - "$wheels" <<'PYTHON'
+import importlib.metadata
+import pathlib
+import sys
+
+installed = {(found.metadata["Name"] or "").lower().replace("_", "-") for found in importlib.metadata.distributions()}
+for wheel in sorted(pathlib.Path(sys.argv[1]).glob("*.whl")):
+    if wheel.name.split("-")[0].lower().replace("_", "-") not in installed:
+        print(wheel)
+PYTHON
+  )
+  echo "gpu.sh: ${#missing[@]} wheels of $wheels for what is missing"
+  if [ "${#missing[@]}" -gt 0 ]; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "${missing[@]}"
+  fi
+  export PYTHONPATH=$PYTHONPATH:$site
 fi
 "$python" "$root/scripts/bench/gpu/run.py" ${arguments[@]+"${arguments[@]}"}

@@ -12,32 +12,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pretend_device import DEVICE, DeviceGenerator, OnDevice, PretendDevice, move
+from small_steps import ALLOWED, METHODS, method_of, tiles, views_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cytossl_monai.data.tiles.loader import tile_loader
 from cytossl_monai.engines import build_optimizer
-from cytossl_monai.methods import BYOL, DINO, IBOT, MAE, MoCoV3, SimCLR, SSLMethod
-from cytossl_monai.networks import Encoder, sr_vit_tiny
+from cytossl_monai.methods import SSLMethod
 from cytossl_monai.transforms import BatchedNCP, ViewGenerator, nuclei_mask
 
-HEAD = {"hidden_dim": 32}
 DRAWN_ON_HOST = ("block_masks", "kept_patches")
-METHODS: dict[str, tuple[type[SSLMethod], dict[str, Any]]] = {
-    "simclr": (SimCLR, {"dim": 8, **HEAD}),
-    "moco_v3": (MoCoV3, {"dim": 8, **HEAD}),
-    "byol": (BYOL, {"dim": 8, **HEAD}),
-    "dino": (DINO, {"out_dim": 64, "bottleneck_dim": 16, **HEAD}),
-    "ibot": (IBOT, {"out_dim": 64, "patch_out_dim": 64, "bottleneck_dim": 16, **HEAD}),
-    "mae": (MAE, {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}),
-}
-ALLOWED: dict[str, dict[str, int]] = {
-    # The hidden patches of student and teacher: how many there are differs between steps.
-    "ibot": {"methods/ibot.py:forward: nonzero": 1, "losses/ibot.py:forward: nonzero": 1},
-    "mae": {"losses/mae.py:forward: nonzero": 1},
-}
-"""Waits in forward, backward, optimiser and update of a step, beside the loss that the trainer looks at."""
-
 SHARED = {
     "transforms/nuclei/labels.py:_label_by_spreading: value read": 12,  # whether labels still spread, and their number
     "transforms/nuclei/labels.py:label_levels: nonzero": 1,  # rows that are not empty
@@ -59,18 +43,6 @@ WAITS_OF_VIEWS: dict[str, dict[str, int]] = {
     "default": {**SHARED, "transforms/ncp/plate.py:of: nonzero": 2},  # nuclear pixels of tiles and of donors
 }
 """What the host waits for while it makes the views of a batch, however large it is and however many views are cut."""
-
-
-def method_of(name: str) -> SSLMethod:
-    torch.manual_seed(0)
-    make, arguments = METHODS[name]
-    network = sr_vit_tiny(img_size=32, hidden_size=24, mlp_dim=32, num_layers=1, num_heads=3, num_keys=2)
-    return make(Encoder(network), **arguments).train()
-
-
-def views_of(name: str, seed: int = 0) -> dict[str, list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"global": [torch.rand(4, 3, 32, 32, generator=generator) for _ in range(1 if name == "mae" else 2)]}
 
 
 def losses_of(method: SSLMethod, views: dict[str, list[Tensor]], counter: PretendDevice | None = None) -> list[float]:
@@ -126,16 +98,6 @@ def test_channels_last_and_strided_views_give_the_same_loss(name: str) -> None:
     assert not any(v.is_contiguous() for v in wide["global"])
     for other in (wide, last):
         torch.testing.assert_close(method_of(name)(other)["loss"], expected, rtol=1e-4, atol=1e-5)
-
-
-def tiles() -> Tensor:
-    """(4, 3, 64, 64) uint8 with a dark disc each."""
-    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    out = torch.full((4, 3, 64, 64), 235, dtype=torch.uint8)
-    for number in range(4):
-        disc = (rows - 20 - 5 * number).square() + (columns - 30).square() < 64
-        out[number, :, disc] = torch.tensor([[120], [80], [140]], dtype=torch.uint8)
-    return out
 
 
 def test_kernels_take_any_layout_of_memory() -> None:

@@ -24,7 +24,7 @@ CONFIGS = ROOT / "bundles" / "cytossl_pretrain" / "configs"
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--seconds", type=int, default=60, help="about so long, in training")
+    parser.add_argument("--seconds", type=int, default=40, help="about so long, in training")
     args = parser.parse_args()
     count, size = (24, 64) if args.dry else (4096, 224)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,11 +51,10 @@ def main() -> int:
             "output_dir": output,
             "steps": steps,
             "epoch_length": max(1, steps // 4),
-            "image_cache": True,
             "image_fit": "square",
             "images_mpp": 0.5,
             "labels_mpp": 0.5,
-            "num_workers": 0,
+            "num_workers": 0 if args.dry else "auto",
             "log_every": 1,
             "batch_size": 8 if args.dry else 256,
         }

@@ -35,15 +35,15 @@ class Part:
 
 
 PARTS = [
-    Part("tests", "tests that need a GPU", 60),
-    Part("attention", "attention, forward and backward", 75),
-    Part("views", "views and NCP as a part of a step", 45),
-    Part("steps", "training steps of each method", 90),
-    Part("reading", "slides decoded on the device", 40),
-    Part("nuclei", "nuclei on the device against the CPU", 35),
-    Part("embedding", "embedding against the bare forward pass", 45),
-    Part("recovery", "fp16, SIGTERM, resume", 60),
-    Part("pretraining", "pretraining by gpu.yaml with online kNN", 80),
+    Part("tests", "tests that need a GPU", 105),
+    Part("attention", "attention, forward and backward", 70),
+    Part("views", "views and NCP as a part of a step", 40),
+    Part("steps", "training steps of each method", 95),
+    Part("reading", "slides decoded on the device", 30),
+    Part("nuclei", "nuclei on the device against the CPU", 30),
+    Part("embedding", "embedding against the bare forward pass", 40),
+    Part("recovery", "fp16, SIGTERM, resume", 50),
+    Part("pretraining", "pretraining by gpu.yaml with online kNN", 70),
 ]
 """In all at most 530 seconds. `pretraining --seconds 300` is the longer run, by itself."""
 

@@ -6,6 +6,7 @@ Use is the arithmetic of forward and backward, counted by PyTorch, over what a l
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import torch
@@ -37,14 +38,23 @@ def matrix_flops(device: torch.device, size: int) -> float:
 
 
 def main() -> int:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seconds", type=float, default=60.0, help="after so long no further method is compiled")
+    args = parser.parse_args()
+    begin = time.perf_counter()
     device = device_of(args.dry)
     batch, size, repeats = (4, 32, 1) if args.dry else (128, 224, 5)
     peak = matrix_flops(device, 256 if args.dry else 8192)
     figure("bf16 matrix product, TFLOP/s", peak / 1e12)
     failed = []
-    for name, make in METHODS.items():
-        for compiled in (False, True):
+    # The compiler takes long: all methods as they are come first.
+    for compiled in (False, True):
+        for name in args.methods:
+            if compiled and not args.dry and time.perf_counter() - begin > args.seconds:
+                print(f"{name} is not compiled: {args.seconds:g} s are over", flush=True)
+                continue
+            make = METHODS[name]
             torch.manual_seed(0)
             torch._dynamo.reset()
             network = sr_vit_tiny(img_size=32, num_layers=1, num_keys=2) if args.dry else sr_vit_small()

@@ -129,13 +129,6 @@ def _resident(field: str) -> float:
 def _peak(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype, result: Any) -> None:
     """Peak memory of one step, MiB."""
     module, x = _prepare(name, tokens, batch, device, dtype)
-    if device == "cuda":
-        _step(module, x)  # compiled kernels and library handles are not the step's
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _step(module, x)
-        result.value = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return
     with open("/proc/self/clear_refs", "w", encoding="ascii") as stream:
         stream.write("5")  # forget the peak of the preparation
     before = _resident("VmRSS")
@@ -144,11 +137,19 @@ def _peak(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype, r
 
 
 def peak_memory(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype) -> float:
-    """Peak memory of one step above what was held before, in MiB, measured in a process of its own.
+    """Peak memory of one step above what was held before, in MiB.
 
-    On a CPU the process is forked, which is cheap; call it before this process has computed anything.
+    CUDA counts it itself. On a CPU it is measured in a process of its own, which is forked, which is cheap; call it
+    before this process has computed anything.
     """
-    context = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
+    if device == "cuda":
+        module, x = _prepare(name, tokens, batch, device, dtype)
+        _step(module, x)  # compiled kernels and library handles are not the step's
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _step(module, x)
+        return float((torch.cuda.max_memory_allocated() - before) / 2**20)
+    context = multiprocessing.get_context("fork")
     result = context.Value("d", 0.0)
     process = context.Process(target=_peak, args=(name, tokens, batch, device, dtype, result))
     process.start()

@@ -14,6 +14,22 @@ __all__ = ["TokenLayout"]
 T = TypeVar("T")
 
 
+@torch.library.custom_op("cytossl::grid_places", mutates_args=())
+def _compiled_grid_places(rows: int, cols: int, device: torch.device) -> Tensor:
+    """Grid row and column of the patches, (2, rows * cols) int64, as a step that ``torch.compile`` does not look into.
+
+    Where it does, it works out buckets of pairs as formulas of their places, and its CUDA backend (PyTorch 2.11) fails
+    over those of a prefix token: "The argument '-((((-1))//14)) + ((((0))//14))' is not comparable".
+    """
+    flat = torch.arange(rows * cols, device=device)
+    return torch.stack([torch.div(flat, cols, rounding_mode="floor"), flat % cols])
+
+
+@_compiled_grid_places.register_fake
+def _(rows: int, cols: int, device: torch.device) -> Tensor:
+    return torch.empty(2, rows * cols, dtype=torch.int64, device=device)
+
+
 @dataclass
 class TokenLayout:
     """Places of tokens, in one of two forms.
@@ -63,6 +79,9 @@ class TokenLayout:
         """Grid rows and columns of the patches: each (N,) for the full grid, else of the shape of `positions`."""
         width = self.grid[1]
         if self.positions is None:
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                rows, cols = _compiled_grid_places(*self.grid, device).unbind()
+                return rows, cols
             flat = torch.arange(self.grid[0] * width, device=device)
         else:
             flat = self.positions

@@ -153,14 +153,14 @@ class NucleiCentres:
         """One nucleus a tile, each as likely.
 
         Args:
-            chance: (B,) float64 in [0, 1).
+            chance: (..., B) float64 in [0, 1): one draw, or several.
 
         Returns:
-            (B, 2) float64, its centre, and (B,) bool, whether the tile has any (else the centre means nothing).
+            (..., B, 2) float64, its centre, and (..., B) bool, whether the tile has any: else the centre means nothing.
         """
         counts = self.counts()
         row = self.first() + (chance * counts).long()
-        has = counts > 0
-        centre = torch.zeros(self.batch, 2, dtype=torch.float64)
+        has = (counts > 0).expand(chance.shape)
+        centre = torch.zeros(*chance.shape, 2, dtype=torch.float64)
         centre[has] = self.xy[row[has]]
         return centre, has

@@ -14,7 +14,7 @@ from cytossl_monai.transforms.kernels.chunks import chunks
 from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.kernels.resampling import halve
 
-__all__ = ["CropBoxes", "cut_views", "draw_boxes", "native_scale"]
+__all__ = ["CropBoxes", "cut_together", "cut_views", "draw_boxes", "native_scale", "view_groups"]
 
 _ALIAS_FACTOR = 1.5  # a tile that is shrunk by more than this is halved first; bilinear sampling alone is fine below
 NUMBERS = 8
@@ -38,6 +38,16 @@ class CropBoxes:
     def of(self, rows: Tensor | slice) -> CropBoxes:
         """The boxes of some samples."""
         return CropBoxes(self.centre[rows], self.size[rows], self.sides[rows])
+
+    def split(self, size: int) -> list[CropBoxes]:
+        """Each ``size`` boxes by themselves."""
+        parts = zip(self.centre.split(size), self.size.split(size), self.sides.split(size), strict=True)
+        return [CropBoxes(*part) for part in parts]
+
+    @staticmethod
+    def joined(boxes: Sequence[CropBoxes]) -> CropBoxes:
+        """Boxes one after the other."""
+        return CropBoxes(*(torch.cat([getattr(b, name) for b in boxes]) for name in ("centre", "size", "sides")))
 
 
 def native_scale(view_size: int, tile_size: int, zoom: Sequence[float] = (1.0, 1.0)) -> tuple[float, float]:
@@ -164,11 +174,11 @@ def _grid(boxes: CropBoxes, side: int, height: int, width: int, device: torch.de
 
 
 def _cut(pyramid: list[Tensor], boxes: CropBoxes, side: int, channels: int) -> Tensor:
-    """One view of each sample: (n, channels, side, side).
+    """Views of each sample: (m, channels, side, side).
 
     Args:
         pyramid: (n, C, H, W) and its halves, quarters, ..., which are added where they are needed first.
-        boxes: where to cut, n of them.
+        boxes: where to cut, m of them, a multiple of n: all samples, then all samples again, ...
         side: of the view in pixels.
         channels: the first so many are cut.
     """
@@ -176,20 +186,46 @@ def _cut(pyramid: list[Tensor], boxes: CropBoxes, side: int, channels: int) -> T
     deepest = int(depths.max())
     while len(pyramid) <= deepest:
         pyramid.append(halve(pyramid[-1]))
+    samples = len(pyramid[0])
 
     def sample(depth: int, picture: Tensor, boxes: CropBoxes) -> Tensor:
         height, width = (length << depth for length in picture.shape[-2:])
         grid = _grid(boxes, side, height, width, picture.device)
         return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
-    if bool((depths == deepest).all()):
+    if len(depths) == samples and bool((depths == deepest).all()):
         return sample(deepest, pyramid[deepest][:, :channels], boxes)
     out = torch.empty(len(depths), channels, side, side, device=pyramid[0].device)
     for depth in depths.unique().tolist():  # seldom more than two
         rows = (depths == depth).nonzero().squeeze(1)
-        at = to_device(rows, out.device)
-        out.index_copy_(0, at, sample(depth, pyramid[depth][:, :channels].index_select(0, at), boxes.of(rows)))
+        source = to_device(rows % samples, out.device)
+        picture = pyramid[depth][:, :channels].index_select(0, source)
+        out.index_copy_(0, to_device(rows, out.device), sample(depth, picture, boxes.of(rows)))
     return out
+
+
+def view_groups(sizes: Sequence[int], masked: Collection[int], device: torch.device) -> list[list[int]]:
+    """Which views are cut and coloured together.
+
+    A CPU is fast as long as its caches hold what it works on: one view at a time. A GPU waits for the host to name the
+    next of some hundred small steps, so views of one side go through them together.
+
+    Args:
+        sizes: side of each view in pixels.
+        masked: indices of the views whose masks are wanted.
+        device: of the tiles.
+
+    Returns:
+        Indices of views, in order.
+    """
+    groups: list[list[int]] = []
+    for index, side in enumerate(sizes):
+        like = groups and sizes[groups[-1][0]] == side and (groups[-1][0] in masked) == (index in masked)
+        if like and device.type != "cpu":
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def cut_views(
@@ -201,9 +237,6 @@ def cut_views(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Cut several views of each tile, image and mask in one resampling.
 
-    Colours are interpolated bilinearly; a tile that is shrunk by more than 1.5 is halved first, as often as it takes,
-    so that nothing aliases. A pixel of the mask is nuclear where more than half of what is interpolated is.
-
     Args:
         tiles: (B, C, H, W), uint8 or floating point in [0, 1].
         masks: (B, 1, H, W) bool; None cuts no masks.
@@ -214,15 +247,49 @@ def cut_views(
     Returns:
         For each view: (B, C, side, side) float32 in [0, 1], and (B, 1, side, side) bool or None.
     """
+    wanted = range(len(sizes)) if masked is None else masked
+    groups = view_groups(sizes, wanted, tiles.device)
+    views: list[tuple[Tensor, Tensor | None]] = []
+    for cut, masks_cut in cut_together(tiles, masks, boxes, sizes, groups, wanted):
+        of_view = [None] * len(cut) if masks_cut is None else list(masks_cut.unbind())
+        views += zip(cut.unbind(), of_view, strict=True)
+    return views
+
+
+def cut_together(
+    tiles: Tensor,
+    masks: Tensor | None,
+    boxes: list[CropBoxes],
+    sizes: Sequence[int],
+    groups: list[list[int]],
+    masked: Collection[int],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Cut groups of views, image and mask in one resampling.
+
+    Colours are interpolated bilinearly; a tile that is shrunk by more than 1.5 is halved first, as often as it takes,
+    so that nothing aliases. A pixel of the mask is nuclear where more than half of what is interpolated is.
+
+    Args:
+        tiles: (B, C, H, W), uint8 or floating point in [0, 1].
+        masks: (B, 1, H, W) bool; None cuts no masks.
+        boxes: where to cut, one for each view.
+        sizes: side of each view in pixels.
+        groups: of `view_groups`.
+        masked: indices of the views whose masks are wanted.
+
+    Returns:
+        For each group of V views: (V, B, C, side, side) float32 in [0, 1], and (V, B, 1, side, side) bool or None.
+    """
     batch, channels, height, width = tiles.shape
     device = tiles.device
-    views: list[tuple[Tensor, Tensor | None]] = []
-    for index, side in enumerate(sizes):
+    out: list[tuple[Tensor, Tensor | None]] = []
+    for group in groups:
+        shape, side = (len(group), batch), sizes[group[0]]
         mask = None
-        if masks is not None and (masked is None or index in masked):
-            mask = torch.empty(batch, 1, side, side, dtype=torch.bool, device=device)
-        views.append((torch.empty(batch, channels, side, side, device=device), mask))
-    planes = channels + any(mask is not None for _, mask in views)
+        if masks is not None and group[0] in masked:
+            mask = torch.empty(*shape, 1, side, side, dtype=torch.bool, device=device)
+        out.append((torch.empty(*shape, channels, side, side, device=device), mask))
+    planes = channels + any(mask is not None for _, mask in out)
     for rows in chunks(tiles):
         source = torch.empty(rows.stop - rows.start, planes, height, width, device=device)
         source[:, :channels] = tiles[rows]
@@ -231,9 +298,11 @@ def cut_views(
         if masks is not None and planes > channels:
             source[:, channels:] = masks[rows]
         pyramid = [source]
-        for box, side, (view, mask) in zip(boxes, sizes, views, strict=True):
-            cut = _cut(pyramid, box.of(rows), side, channels if mask is None else planes)
-            torch.clamp(cut[:, :channels], 0.0, 1.0, out=view[rows])
+        for group, (view, mask) in zip(groups, out, strict=True):
+            places = CropBoxes.joined([boxes[index].of(rows) for index in group])
+            cut = _cut(pyramid, places, sizes[group[0]], channels if mask is None else planes)
+            cut = cut.unflatten(0, (len(group), -1))
+            torch.clamp(cut[:, :, :channels], 0.0, 1.0, out=view[:, rows])
             if mask is not None:
-                torch.gt(cut[:, channels:], 0.5, out=mask[rows])
-    return views
+                torch.gt(cut[:, :, channels:], 0.5, out=mask[:, rows])
+    return out

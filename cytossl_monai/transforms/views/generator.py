@@ -18,7 +18,7 @@ from cytossl_monai.transforms.kernels.rgb import RGBJitter, jitter_rgb
 from cytossl_monai.transforms.ncp.batched import BatchedNCP
 from cytossl_monai.transforms.ncp.exchange import retained_nuclei
 from cytossl_monai.transforms.nuclei.centres import NucleiCentres
-from cytossl_monai.transforms.views.boxes import NUMBERS, CropBoxes, cut_views, draw_boxes
+from cytossl_monai.transforms.views.boxes import NUMBERS, CropBoxes, cut_together, draw_boxes, view_groups
 from cytossl_monai.transforms.views.draws import DrawnViews, draw_views
 
 __all__ = ["ViewGenerator"]
@@ -266,18 +266,21 @@ class ViewGenerator(nn.Module):
         boxes = self._boxes(tiles, nuclei, drawn, valid)
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}
         masked = {*range(self.n_global), *self.ncp_views}
-        for index, (view, mask) in enumerate(cut_views(tiles, masks, boxes, self.sizes, masked)):
-            seeds = drawn.seeds[index]
-            if perturbing and self.ncp is not None and index in self.ncp_views and mask is not None:
-                view_scale = None
-                if scale is not None:  # a crop that is enlarged shows fewer micrometres a pixel
-                    zoom = boxes[index].size.prod(1).sqrt() / self.sizes[index]
-                    view_scale = (scale * zoom).to(torch.float32)
-                view = self.ncp(view, mask, view_scale, seeds=seeds[0], check=False, out=view)
-            self._colour_(view, seeds[1])
-            out["global" if index < self.n_global else "local"].append(view)
-            if index < self.n_global and mask is not None:
-                out["nuclei"].append(mask)
+        groups = view_groups(self.sizes, masked, tiles.device)
+        for group, (views, cut) in zip(groups, cut_together(tiles, masks, boxes, self.sizes, groups, masked)):
+            for place, index in enumerate(group):
+                if perturbing and self.ncp is not None and index in self.ncp_views and cut is not None:
+                    view_scale = None
+                    if scale is not None:  # a crop that is enlarged shows fewer micrometres a pixel
+                        zoom = boxes[index].size.prod(1).sqrt() / self.sizes[index]
+                        view_scale = (scale * zoom).to(torch.float32)
+                    view, seeds = views[place], drawn.seeds[index][0]
+                    self.ncp(view, cut[place], view_scale, seeds=seeds, check=False, out=view)
+            self._colour_(views.flatten(0, 1), torch.cat([drawn.seeds[index][1] for index in group]))
+            for place, index in enumerate(group):
+                out["global" if index < self.n_global else "local"].append(views[place])
+                if index < self.n_global and cut is not None:
+                    out["nuclei"].append(cut[place])
         return out
 
     def _boxes(
@@ -289,31 +292,33 @@ class ViewGenerator(nn.Module):
     ) -> list[CropBoxes]:
         """Where each view is cut; every view draws a nucleus of its own, unless the global ones share one."""
         height, width = tiles.shape[-2:]
-        shared = draws.shared
+        shared, batch = draws.shared, len(tiles)
         boxes = []
-        for index, drawn in enumerate(draws.crops):
-            is_global = index < self.n_global
+        kinds = ((0, self.n_global, self.global_scale), (self.n_global, len(draws.crops), self.local_scale))
+        for first, last, scale in kinds:  # the global views, and the local ones
+            if first == last:
+                continue
+            drawn = torch.stack(draws.crops[first:last])
             nucleus = None
             if nuclei is not None:
+                is_global = first < self.n_global
                 together = (shared[:, 0] < self.same_nucleus_prob) & is_global
-                alone = drawn[:, NUMBERS] < self.nucleus_prob[0 if is_global else 1]
-                centre, has = nuclei.pick(torch.where(together, shared[:, 1], drawn[:, NUMBERS + 1]))
-                nucleus = centre, has & (together | alone)
-            scale = self.global_scale if is_global else self.local_scale
-            boxes.append(
-                draw_boxes(
-                    drawn[:, :NUMBERS],
-                    height,
-                    width,
-                    scale,
-                    self.ratio,
-                    self.flip,
-                    self.turn,
-                    self.rotate,
-                    nucleus,
-                    valid,
-                )
+                alone = drawn[..., NUMBERS] < self.nucleus_prob[0 if is_global else 1]
+                centre, has = nuclei.pick(torch.where(together, shared[:, 1], drawn[..., NUMBERS + 1]))
+                nucleus = centre.flatten(0, 1), (has & (together | alone)).flatten()
+            every = draw_boxes(
+                drawn[..., :NUMBERS].flatten(0, 1),
+                height,
+                width,
+                scale,
+                self.ratio,
+                self.flip,
+                self.turn,
+                self.rotate,
+                nucleus,
+                None if valid is None else valid.repeat(last - first, 1),
             )
+            boxes += every.split(batch) if batch else [every] * (last - first)
         return boxes
 
     def _colour_(self, view: Tensor, seeds: Tensor) -> None:

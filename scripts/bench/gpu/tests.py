@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from common import arguments, figure
 
-ROOT = Path(__file__).resolve().parents[3]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 
 
 def main() -> int:
@@ -23,7 +25,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        status = subprocess.run([*command, *side_by_side, *files], cwd=ROOT, check=False).returncode
+        command += ["-p", "at_once", "--tb=short", "--color=no"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+        status = subprocess.run([*command, *side_by_side, *files], cwd=ROOT, check=False, env=environment).returncode
         suite = next(ElementTree.parse(report).getroot().iter("testsuite")).attrib
     counts = {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
     for name, count in counts.items():

@@ -130,12 +130,18 @@ class CuCIMBackend(Backend):
         width, height = size
         if width > self.level_dimensions[level][0] or height > self.level_dimensions[level][1]:
             return None
-        parts = [
-            torch.from_dlpack(cupy.asarray(batch)).reshape(-1, height, width, self._image.shape[-1])[..., :3]
-            for batch in self._batches(level, locations, size, num_workers, "cuda")
-        ]
-        # cat copies: cuCIM may reuse the buffers of a batch once the next one has been taken.
-        return torch.cat(parts)
+        out, done = None, 0
+        for batch in self._batches(level, locations, size, num_workers, "cuda"):
+            pixels = torch.from_dlpack(cupy.asarray(batch)).reshape(-1, height, width, self._image.shape[-1])
+            if out is None:
+                out = torch.empty(len(locations), height, width, 3, dtype=torch.uint8, device=pixels.device)
+            out[done : done + len(pixels)] = pixels[..., :3]
+            done += len(pixels)
+            # cuCIM frees the memory of a batch once the next one is taken: the copy must be done by then.
+            torch.cuda.current_stream(pixels.device).synchronize()
+        if done != len(locations):
+            raise BackendError(f"cuCIM returned {done} of {len(locations)} regions")
+        return out
 
     def close(self) -> None:
         """Close the CuImage (MONAI never does)."""

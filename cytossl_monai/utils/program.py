@@ -26,7 +26,10 @@ EXIT_INTERRUPTED = 130
 _folder: Path | None = None
 _before: object = None
 _DEAD_LOADER = re.compile(r"DataLoader worker.*(exited unexpectedly|is killed by signal)", re.DOTALL)
-_NO_MEMORY = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory|out of memory|Cannot allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory|out of memory|Cannot allocate memory",
+    re.IGNORECASE,
+)
 """PyTorch has no error of its own for a processor's memory."""
 _FROM_WORKER = "Original Traceback (most recent call last)"
 

@@ -22,7 +22,7 @@ ON_SCORES = [rpe for rpe in RPES if rpe is None or "v" not in rpe.get("on", "k")
 ON_SCORES += [{"method": "cross", "on": "qk"}, {"method": "euclid", "mode": "bias", "on": "q", "shared_heads": False}]
 
 
-def without_kernel(query, key, value, score_mod=None, block_mask=None):  # type: ignore[no-untyped-def]
+def without_kernel(query, key, value, score_mod=None, block_mask=None, kernel_options=None):  # type: ignore[no-untyped-def]
     """What `flex_attention` is defined to compute, dense: autograd works on it on a CPU, where the kernel has none."""
     q_index, k_index = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])[None]
     heads = torch.arange(query.shape[1]).view(-1, 1, 1)
@@ -148,7 +148,7 @@ def test_is_taken_only_where_it_can_do_what_is_asked() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rpe", [None, {"mode": "bias"}, {"mode": "contextual", "on": "qk"}])
 def test_on_cuda(rpe: object, dtype: torch.dtype, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled kernel against the tiles, which the other tests hold to the reference; forward and gradient."""
@@ -169,11 +169,11 @@ def test_on_cuda(rpe: object, dtype: torch.dtype, packed: bool, monkeypatch: pyt
     for switch in ("1", "0"):
         monkeypatch.setenv("CYTOSSL_FLEX_ATTENTION", switch)
         layout = TokenLayout(batch, (side, side), 1, positions=positions, counts=counts)
-        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with torch.autocast("cuda", dtype):
             out = module(x, layout)
         outputs.append(out.float())
         grads.append(torch.autograd.grad(out.float().square().sum(), [x, *module.parameters()]))
-    scale = 1e-4 if dtype is torch.float32 else 0.03
+    scale = 0.005 if dtype is torch.float16 else 0.03
     assert (outputs[0] - outputs[1]).abs().mean() < scale * outputs[1].abs().mean()
     for a, b in zip(*grads):
         assert (a - b).abs().mean() <= 3 * scale * b.abs().mean() + 1e-7

@@ -268,7 +268,7 @@ class IRPE(nn.Module):
         """Buckets of pairs of a patch with each prefix token: (num_prefix,) int64."""
         ids = torch.full((num_prefix,), self.register_bucket, dtype=torch.long, device=device)
         if self.has_class_token and num_prefix:
-            ids[0] = self.class_bucket
+            ids[:1].fill_(self.class_bucket)  # a GPU would be waited for over `ids[0] = number`
         return ids
 
     def pair_buckets(self, rows: Tensor, cols: Tensor, num_prefix: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cytossl_monai.networks.blocks.attention.dense import attend, pair_spread
+from cytossl_monai.networks.blocks.attention.dense import attend
 from cytossl_monai.networks.blocks.attention.flex import flex_pays, flex_routed_attention
 from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reach, reference_attention
 from cytossl_monai.networks.blocks.attention.routed import routed_attention, tiles_pay
@@ -146,13 +146,10 @@ class SparseAttention(nn.Module):
             out = self._routed(rows, layout)
             return out.view(qkv.shape[0], qkv.shape[1], -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        ids = spread = None
+        ids = None
         if self.irpe is not None:
             irpe = self.irpe
-            ids = pairs = layout.remember(("pair ids", irpe.config), lambda: self._pair_ids(irpe, layout, key.device))
-            if key.is_cuda:
-                made = ("pair spread", irpe.config, key.dtype)
-                spread = layout.remember(made, lambda: pair_spread(pairs, irpe.num_buckets, key.dtype))
+            ids = layout.remember(("pair ids", irpe.config), lambda: self._pair_ids(irpe, layout, key.device))
         key_mask = layout.key_mask()
         mask = None if key_mask is None else key_mask[:, None, None, :]
         if self.sparsity == "routed" and not self._sees_all(layout):
@@ -168,7 +165,7 @@ class SparseAttention(nn.Module):
         keep = self._keep(layout) if self.sparsity == "topk" else None
         tables = None if self.irpe is None else self.irpe.tables()
         exempt = 0 if self.sparse_prefix else layout.num_prefix
-        out, _ = attend(query, key, value, ids, tables, mask, keep, exempt, self._dropout(), spread=spread)
+        out, _ = attend(query, key, value, ids, tables, mask, keep, exempt, self._dropout())
         out = out.transpose(1, 2)
         if torch.onnx.is_in_onnx_export():
             # The exporter replaces attention by its formula, whose result lies otherwise in memory: no view of it.

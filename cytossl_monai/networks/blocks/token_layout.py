@@ -79,7 +79,7 @@ class TokenLayout:
         """Grid rows and columns of the patches: each (N,) for the full grid, else of the shape of `positions`."""
         width = self.grid[1]
         if self.positions is None:
-            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if torch.compiler.is_dynamo_compiling():  # not where a program is exported
                 rows, cols = _compiled_grid_places(*self.grid, device).unbind()
                 return rows, cols
             flat = torch.arange(self.grid[0] * width, device=device)

@@ -9,56 +9,10 @@ from torch import Tensor
 
 from cytossl_monai.networks.blocks.irpe import RPETables
 
-__all__ = ["attend", "pair_spread", "rpe_scores"]
-
-_MAX_SPREAD = 2**26  # entries: 128 MiB in bfloat16, some 1,100 tokens with 49 buckets
+__all__ = ["attend", "rpe_scores"]
 
 
-def pair_spread(ids: Tensor, buckets: int, dtype: torch.dtype) -> Tensor | None:
-    """Buckets of pairs as numbers 0 and 1, so that looking them up is a product.
-
-    The gradient of a lookup adds many pairs into few buckets. A GPU does that one after the other, by atomic sums,
-    which took nine tenths of a training step; the same as a batched matrix product costs next to nothing.
-
-    Args:
-        ids: (Q, K) int64 buckets that all images and heads share, or with axes of length 1 before.
-        buckets: how many there are.
-        dtype: of the products.
-
-    Returns:
-        (Q, K, n), n the next multiple of 8 from ``buckets`` on, which matrix products want; None where images have
-        buckets of their own, or where it would be too large.
-    """
-    queries, keys = ids.shape[-2:]
-    wide = -(-buckets // 8) * 8
-    if ids.numel() != queries * keys or ids.numel() * wide > _MAX_SPREAD:
-        return None
-    flat = torch.zeros(queries, keys, wide, dtype=dtype, device=ids.device)
-    return flat.scatter_(-1, ids.reshape(queries, keys, 1), 1.0)
-
-
-def _looked_up(products: Tensor, ids: Tensor, spread: Tensor | None) -> Tensor:
-    """(..., h, Q, buckets) and (..., h, Q, K) buckets -> (..., h, Q, K): the product of each pair's bucket."""
-    if spread is None:
-        return products.gather(-1, ids.expand(*products.shape[:-1], ids.shape[-1]))
-    rows = F.pad(products, (0, spread.shape[-1] - products.shape[-1])).flatten(0, -3)
-    pairs = torch.bmm(rows.transpose(0, 1), spread.to(rows.dtype).transpose(1, 2))
-    return pairs.transpose(0, 1).unflatten(0, products.shape[:-2])
-
-
-def _by_bucket(weights: Tensor, ids: Tensor, spread: Tensor | None, buckets: int) -> Tensor:
-    """(..., h, Q, K) and the pairs' buckets -> (..., h, Q, buckets): the sum of the weights of each bucket."""
-    if spread is None:
-        sums = weights.new_zeros(*weights.shape[:-1], buckets)
-        return sums.scatter_add(-1, ids.expand(weights.shape), weights)
-    rows = weights.flatten(0, -3)
-    sums = torch.bmm(rows.transpose(0, 1), spread.to(rows.dtype)).transpose(0, 1)
-    return sums[..., :buckets].unflatten(0, weights.shape[:-2])
-
-
-def rpe_scores(
-    query: Tensor, key: Tensor, ids: Tensor, tables: RPETables, scale: float, spread: Tensor | None = None
-) -> Tensor | None:
+def rpe_scores(query: Tensor, key: Tensor, ids: Tensor, tables: RPETables, scale: float) -> Tensor | None:
     """The terms that iRPE adds to the scores. Products are taken per bucket and looked up: never a vector a pair.
 
     Args:
@@ -67,22 +21,21 @@ def rpe_scores(
         ids: int64 buckets, broadcastable to (..., h, Q, K).
         tables: the layer's encodings.
         scale: factor of the score.
-        spread: `pair_spread` of the buckets, or None.
 
     Returns:
         broadcastable to (..., h, Q, K), or None without an encoding on queries or keys.
     """
     total: Tensor | None = None
+    shape = query.shape[:-1] + key.shape[-2:-1]
     if tables.bias is not None:
         heads = torch.arange(tables.bias.shape[0], device=ids.device).view(-1, 1, 1)
         total = tables.bias.to(query.dtype)[heads, ids]
     if tables.key is not None:
-        looked_up = _looked_up(query @ tables.key.to(query.dtype).transpose(-2, -1), ids, spread)
+        looked_up = (query @ tables.key.to(query.dtype).transpose(-2, -1)).gather(-1, ids.expand(shape))
         total = looked_up if total is None else total + looked_up
     if tables.query is not None:
         products = (key * scale) @ tables.query.to(query.dtype).transpose(-2, -1)
-        turned = None if spread is None else spread.transpose(0, 1)
-        looked_up = _looked_up(products, ids.transpose(-2, -1), turned).transpose(-2, -1)
+        looked_up = products.gather(-1, ids.expand(shape).transpose(-2, -1)).transpose(-2, -1)
         total = looked_up if total is None else total + looked_up
     return total
 
@@ -98,7 +51,6 @@ def attend(
     num_prefix: int = 0,
     dropout: float = 0.0,
     need_weights: bool = False,
-    spread: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention with iRPE terms, a mask and, if asked, only the best keys of each query.
 
@@ -114,7 +66,6 @@ def attend(
         num_prefix: with ``keep``: so many first queries and keys are exempt; 0 where the rule binds all tokens.
         dropout: probability of dropping an attention weight (0 outside training).
         need_weights: return the attention as well.
-        spread: `pair_spread` of ``ids``, where looking up is to be a product; None looks up.
 
     Returns:
         output (..., h, Q, d) and attention (..., h, Q, K) or None.
@@ -122,7 +73,7 @@ def attend(
     scale = query.shape[-1] ** -0.5
     tables = tables or RPETables()
     if keep is None and tables.value is None and not need_weights:
-        terms = None if ids is None else rpe_scores(query * scale, key, ids, tables, scale, spread)
+        terms = None if ids is None else rpe_scores(query * scale, key, ids, tables, scale)
         if terms is not None and mask is not None:
             terms = terms.masked_fill(~mask, float("-inf"))
         if terms is not None and mask is None and _products_pay(query):
@@ -132,7 +83,7 @@ def attend(
 
     query = query * scale
     scores = query @ key.transpose(-2, -1)
-    terms = None if ids is None else rpe_scores(query, key, ids, tables, scale, spread)
+    terms = None if ids is None else rpe_scores(query, key, ids, tables, scale)
     if terms is not None:
         scores = scores + terms
     if mask is not None:
@@ -143,7 +94,8 @@ def attend(
     dropped = F.dropout(weights, dropout) if dropout > 0 else weights
     output = dropped @ value
     if tables.value is not None and ids is not None:
-        buckets = _by_bucket(dropped, ids, spread, tables.value.shape[1])
+        buckets = dropped.new_zeros(*dropped.shape[:-1], tables.value.shape[1])
+        buckets = buckets.scatter_add(-1, ids.expand(dropped.shape), dropped)
         output = output + buckets @ tables.value.to(dropped.dtype)
     return output, weights if need_weights else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from cytossl_monai.networks.blocks.attention.routed import attend_prefix, select_salient, sequences, take_rows
-from cytossl_monai.networks.blocks.irpe import IRPE, RPETables
+from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
 __all__ = ["flex_pays", "flex_routed_attention"]
@@ -32,6 +33,18 @@ BLOCK = 128
 # What a key is: a patch in its place, a copy of a prefix token, a copy of a salient patch, or nothing.
 _PATCH, _PREFIX, _SALIENT, _CLOSED = range(4)
 _EVERYWHERE = 2**20  # a row that no grid has
+# Smaller than PyTorch's own: with iRPE's lookups inside, those need 276 KiB of an H100's 227 KiB of shared memory.
+_BLOCKS: Any = {
+    "num_stages": 2,
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 64,
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,20 +71,48 @@ class FlexPlan:
 
 
 def flex_pays(query: Tensor, irpe: IRPE | None, dropout: float) -> bool:
-    """Whether FlexAttention can do what is asked, on this machine: CUDA with Triton, no dropout, nothing on values.
+    """Whether FlexAttention can do what is asked, on this machine.
+
+    It takes CUDA with Triton, 16 bits a number (of 32 its blocks outgrow an H100's shared memory), no dropout and
+    nothing on values. Where its kernels cannot be built, a warning says so, and the tiles do it.
 
     The environment variable ``CYTOSSL_FLEX_ATTENTION=0`` switches it off.
     """
     if not query.is_cuda or os.environ.get("CYTOSSL_FLEX_ATTENTION", "1") == "0":
         return False
     width = query.shape[-1]
+    fits = query.dtype in (torch.bfloat16, torch.float16) and width >= 16 and width & (width - 1) == 0
     on_values = irpe is not None and irpe.value_table is not None
-    return dropout == 0 and not on_values and width >= 16 and width & (width - 1) == 0 and _kernels(query.device.index)
+    if dropout != 0 or on_values or not fits or not _kernels(query.device.index):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    config = None if irpe is None else irpe.config
+    return _can_be_built(query.device, query.dtype, query.shape[-2], width, config)
 
 
 @lru_cache(maxsize=16)
 def _kernels(device: int | None) -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache(maxsize=64)
+def _can_be_built(device: torch.device, dtype: torch.dtype, heads: int, width: int, config: RPEConfig | None) -> bool:
+    """Build the kernels, forward and backward, for a small image; whether a GPU and a PyTorch take them is not known
+    before, and a training is not to end over it."""
+    irpe = None if config is None else IRPE(config, width, heads).to(device)
+    tokens = torch.ones(1 + 32 * 32, heads, width, device=device, dtype=dtype, requires_grad=True)
+    try:
+        with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            out = flex_routed_attention(tokens, tokens, tokens, TokenLayout(1, (32, 32), 1), irpe, 3, 16)
+            out.float().sum().backward()
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning(
+            "FlexAttention cannot be built here (%s): routed attention takes its tiles, which are slower", reason
+        )
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)
@@ -228,6 +269,7 @@ def flex_routed_attention(
         take_rows(value, key_rows[None]),
         score_mod=score_mod,
         block_mask=blocks,
+        kernel_options=_BLOCKS if query.is_cuda else None,
     )
     output = torch.zeros_like(query).index_copy(0, plan.patch_rows, patches[0].transpose(0, 1))
     if layout.num_prefix == 0:

@@ -119,8 +119,7 @@ class SlideToBag(Transform):
             return item
         record = item["record"]
         try:
-            decode_on = "cuda" if self.device.type == "cuda" else "cpu"
-            with open_slide(record.path, mpp=record.mpp, device=decode_on) as slide:
+            with open_slide(record.path, mpp=record.mpp) as slide:
                 item["index"] = sound_instances(slide, item["index"], self.num_threads)
                 item["features"] = embed_tiles(
                     slide,

@@ -80,6 +80,8 @@ class PretendDevice(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        # The last number that became a tensor: copied from there, it was `tensor[0] = number`, over which CUDA waits.
+        self._numbers: list[OnDevice] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -94,6 +96,8 @@ class PretendDevice(TorchDispatchMode):
         if name in ("aten._to_copy", "aten.copy_"):
             into = name == "aten.copy_"
             source, target = (args[1], isinstance(args[0], OnDevice)) if into else (args[0], to_device)
+            if into and any(source is number for number in self._numbers):
+                self.waits[f"{where()}: number set"] += 1
             self._count_copy(isinstance(source, OnDevice), target, bool(kwargs.get("non_blocking")))
         elif own:
             self._check(name, args, own, host)
@@ -105,6 +109,9 @@ class PretendDevice(TorchDispatchMode):
             # What is copied to the host must not share memory with the device.
             return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, result)
         known = {id(value.inner): value for value in own}
+        if name == "aten.scalar_tensor":
+            self._numbers = [OnDevice(result)]
+            return self._numbers[0]
         return tree_map(lambda value: self._wrapped(value, known), result)
 
     @staticmethod

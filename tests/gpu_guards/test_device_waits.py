@@ -159,6 +159,7 @@ def test_the_pretended_device_counts_what_waits_and_refuses_a_mixture() -> None:
         assert x.nonzero().tolist() == [[1], [2], [3], [4], [5]]
         assert torch.equal(x[torch.tensor([1, 2])], x[1:3])
         assert x.cpu().sum() == 15.0
+        x[0] = 0.0
         with pytest.raises(RuntimeError, match="mixes tensors of the device and of the host"):
             x + torch.ones(6)
     counted = {wait.split(": ")[1]: count for wait, count in counter.waits.items()}
@@ -169,6 +170,7 @@ def test_the_pretended_device_counts_what_waits_and_refuses_a_mixture() -> None:
         "nonzero": 1,
         "index on the host": 1,
         "copy to the host": 2,
+        "number set": 1,
     }
     assert sum(counter.copies.values()) == 1
 

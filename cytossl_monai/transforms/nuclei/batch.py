@@ -139,7 +139,7 @@ def _likeness(total: torch.Tensor, floor: torch.Tensor, mpp: float, rules: Regio
     likeness = contrast * support * size.clamp(0, 1) * (roundness / 0.97) ** rules.roundness_power
     likeness = likeness * (rules.elongation_free * (minor / major).sqrt()).clamp_max(1) ** 2
     fit = (likeness >= rules.min_likeness) & (contrast >= floor)
-    fit[0] = False
+    fit[:1].fill_(False)
     return torch.where(fit, likeness, 0.0).float()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -42,8 +43,16 @@ def main() -> int:
                     encoder(tiles)  # noqa: B023 - called within this turn
 
             forward = seconds_of(bare, device, 1 if args.dry else 5, 1) / batch
-            with open_slide(path, device=device.type) as slide:
-                embed = lambda slide=slide: embed_tiles(slide, index, encoder, batch, device, amp=True, num_threads=8)  # noqa: E731, B023
+            with open_slide(path) as slide:
+                embed = lambda slide=slide: embed_tiles(  # noqa: E731
+                    slide,
+                    index,
+                    encoder,  # noqa: B023
+                    batch,
+                    device,
+                    amp=True,
+                    num_threads=os.cpu_count() or 1,
+                )
                 whole = seconds_of(embed, device, 1, 1) / len(index)
             figure(f"{name}, tiles/s", 1 / whole)
             figure(f"{name}, goal, slide / bare forward (below 1.2)", whole / forward)

@@ -26,7 +26,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--seconds", type=int, default=40, help="about so long, in training")
     args = parser.parse_args()
-    count, size = (24, 64) if args.dry else (4096, 224)
+    count, size = (24, 64) if args.dry else (1024, 224)
     with tempfile.TemporaryDirectory() as folder:
         images, labels, output = (Path(folder) / name for name in ("images", "labels", "out"))
         images.mkdir()

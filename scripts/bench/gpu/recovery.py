@@ -46,7 +46,7 @@ def command(images: Path, output: Path, dry: bool, steps: int, *more: str) -> li
 
 def main() -> int:
     args = arguments(__doc__).parse_args()
-    steps = 40 if args.dry else 400
+    steps = 40 if args.dry else 100
     with tempfile.TemporaryDirectory() as folder:
         images, output = Path(folder) / "images", Path(folder) / "out"
         images.mkdir()

@@ -82,7 +82,7 @@ def test_a_step_stays_on_the_device_and_does_not_wait(name: str, monkeypatch: py
     monkeypatch.setattr(Autocast, "devices", [])
     with PretendDevice() as counter:
         losses = losses_of(method, views, counter)
-    assert losses == expected
+    assert losses == pytest.approx(expected, rel=1e-6)  # sums of other addresses may be rounded otherwise
     assert dict(counter.waits) == ALLOWED.get(name, {})
     assert set(Autocast.devices) == {DEVICE.type}
     # A recorded CUDA graph (mode: reduce-overhead) repeats no copy from the host: masks alone are drawn there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import pickle
@@ -166,6 +167,24 @@ def test_a_full_disk_gets_a_sentence_and_the_run_goes_on(
     assert equal(cached[3], TileCache(tiles(images), None, segmenter=segmenter)[3])
 
 
+def test_room_is_reserved_where_the_c_library_does_it_by_writing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS before 4.2: posix_fallocate(3) refuses a file that is open for appending, or for writing alone."""
+
+    def emulated(file: int, offset: int, size: int) -> None:
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        if flags & os.O_APPEND or flags & os.O_ACCMODE != os.O_RDWR:
+            raise OSError(9, "Bad file descriptor")
+        os.truncate(file, max(os.fstat(file).st_size, offset + size))
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    cached = TileCache(tiles(images), tmp_path / "cache", segmenter=segmenter)
+    assert not caplog.records
+    assert cached.folder is not None
+    assert equal(cached[3], TileCache(tiles(images), None, segmenter=segmenter)[3])
+
+
 def test_a_folder_that_cannot_be_written_gets_the_same(images: Path, tmp_path: Path, caplog: Any) -> None:
     (tmp_path / "cache").write_text("a file")
     cached = TileCache(tiles(images), tmp_path / "cache", segmenter=segmenter)
@@ -190,6 +209,9 @@ def test_mixed_sources_and_tiles_of_another_size(images: Path, tmp_path: Path) -
     expected = MixedDataset([tiles(images), tiles(images)]).__getitems__(list(range(18)))
     for _ in range(2):
         assert all(equal(a, b) for a, b in zip(cached.__getitems__(list(range(18))), expected, strict=True))
+    drawing = MixedDataset([tiles(images), tiles(images, transform=lambda item: item)])
+    with pytest.raises(ValueError, match="give the transform to the MixedDataset"):  # else drawn once and for all
+        TileCache(drawing, tmp_path / "cache")
     uneven = MixedDataset([tiles(images), ImageFolder(images, size=SIZE * 2, mpp=0.25)])
     with pytest.raises(InputError, match="the cache holds tiles of 24 px"):
         TileCache(uneven, tmp_path / "cache")[12]

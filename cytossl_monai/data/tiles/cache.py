@@ -59,7 +59,7 @@ class TileCache(Dataset[Item]):
             `cytossl_monai.transforms.nuclei_mask`; None: none are.
 
     Raises:
-        ValueError: for a size that is not above zero.
+        ValueError: for a size that is not above zero, or a ``MixedDataset`` whose sources have transforms of their own.
     """
 
     def __init__(
@@ -71,6 +71,12 @@ class TileCache(Dataset[Item]):
     ) -> None:
         if not max_gb > 0:
             raise ValueError(f"max_gb must be above 0, got {max_gb}; set folder to null to keep nothing")
+        sources: Sequence[Any] = getattr(dataset, "sources", ())
+        if folder is not None and any(getattr(source, "transform", None) is not None for source in sources):
+            raise ValueError(
+                "a source of the MixedDataset has a transform, whose result would be kept and drawn no more; give the "
+                "transform to the MixedDataset, or set folder to null to keep nothing"
+            )
         self.dataset = dataset
         self.transform: Callable[[Item], Item] | None = dataset.transform
         dataset.transform = None
@@ -267,13 +273,18 @@ def _reserve(path: Path, size: int) -> None:
     Raises:
         OSError: where there is no room; what was there before is left.
     """
-    with open(path, "ab") as stream:
-        had = os.fstat(stream.fileno()).st_size
+    # Not for appending: where a file system cannot reserve (NFS before 4.2), the C library does it by writing, and
+    # refuses files that are open so.
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        had = os.fstat(file).st_size
         try:
-            os.posix_fallocate(stream.fileno(), 0, size)
+            os.posix_fallocate(file, 0, size)
         except OSError:
-            os.ftruncate(stream.fileno(), had)
+            os.ftruncate(file, had)
             raise
+    finally:
+        os.close(file)
 
 
 def _describe(dataset: Any, update: Callable[[bytes], Any]) -> None:

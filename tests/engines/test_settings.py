@@ -130,6 +130,8 @@ def test_every_plain_setting_is_declared() -> None:
         ({"views": {"global_size": 96}}, "views must be a component with a _target_; it is {'global_size': 96}"),
         ({"train#dataset": "index"}, "train#dataset must be a component with a _target_; it is 'index'"),
         ({"steps": "$-5"}, "steps must be a whole number"),
+        ({"freeze_last_layer": 1}, "freeze_last_layer must be a number, at least 0, at most 0.999"),  # epochs elsewhere
+        ({"temperature_warmup": 30}, "temperature_warmup must be a number, at least 0, at most 1"),
     ],
 )
 def test_what_is_wrong_is_named(wrong: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -106,6 +106,21 @@ def test_labelled_images_refuse_what_cannot_be_judged(labelled: Path, tmp_path: 
     assert len(LabelledImages(labelled, size=SIZE, limit=15)) == 15
 
 
+@pytest.mark.parametrize(
+    ("dark", "light", "words"),
+    [(9, 1, "only the class dark is left to learn from"), (4, 4, "5 folds need a class with as many images")],
+)
+def test_folds_that_no_probe_could_learn_from_are_refused_before_training(
+    dark: int, light: int, words: str, labelled: Path, tmp_path: Path
+) -> None:
+    """The linear probe comes at the end of a run: it ended there with scikit-learn's words, and without its model."""
+    rows = [f"{file},{name}\n" for name, count in (("dark", dark), ("light", light))
+            for file in sorted((labelled / name).iterdir())[:count]]  # fmt: skip
+    (tmp_path / "table.csv").write_text("image,label\n" + "".join(rows))
+    with pytest.raises(TableError, match=words):
+        LabelledImages(tmp_path / "table.csv", size=SIZE)
+
+
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     keeper = CheckpointHandler(tmp_path, every_epochs=1, keep_last=2)
     make_trainer(None, steps=25, handlers=(at_ends_of_epochs(0.3, 0.8, 0.5, 0.8, 0.1), keeper)).run()

@@ -138,6 +138,18 @@ def test_a_figure_of_another_step_does_not_make_a_checkpoint_the_best(tmp_path: 
     assert keeper.best == {"value": 0.2, "step": 10.0}
 
 
+@pytest.mark.parametrize("every_epochs", [0, 1])
+def test_a_checkpoint_due_by_its_step_at_the_end_of_an_epoch_has_the_epochs_figures(
+    every_epochs: int, tmp_path: Path
+) -> None:
+    keeper = CheckpointHandler(tmp_path, every_epochs, every_steps=5, keep_last=9)
+    make_trainer(None, steps=15, handlers=(at_ends_of_epochs(0.4, 0.9, 0.2), keeper)).run()
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 10
+    kept = read_checkpoint(tmp_path / "step_00000010.pt")
+    assert kept["handlers"]["checkpoint"]["best"] == {"value": 0.9, "step": 10.0}
+    assert kept["metrics"]["knn"] == pytest.approx(0.9)
+
+
 def test_the_best_is_remembered_by_a_resumed_run(tmp_path: Path) -> None:
     first = CheckpointHandler(tmp_path)
     make_trainer(None, steps=5, handlers=(at_ends_of_epochs(0.9), first)).run()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 __all__ = [
     "barrier",
+    "each_ones",
     "init_distributed",
     "is_distributed",
     "is_main",
@@ -47,6 +48,20 @@ def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
+
+
+def each_ones(number: int, device: torch.device) -> list[int]:
+    """The number that each process gives, in the order of their ranks; all processes must call it.
+
+    Args:
+        number: this process'.
+        device: that the backend reaches.
+    """
+    if world_size() == 1:
+        return [number]
+    numbers = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(numbers, torch.tensor(number, device=device))
+    return [int(each) for each in numbers]
 
 
 def init_distributed(backend: str | None = None) -> torch.device:

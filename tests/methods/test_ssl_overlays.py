@@ -77,3 +77,15 @@ def test_defaults_of_the_class_are_the_published_values(name: str, repo_root: Pa
         if str(reference).startswith("@") and argument not in {"encoder", *free}:
             expected, found = defaults[argument].default, content[str(reference)[1:]]
             assert found == (list(expected) if isinstance(expected, tuple) else expected), argument
+
+
+@pytest.mark.parametrize("perturbation", ["ncp_light", "ncp_default", "ncp_strong", "ncp_published"])
+def test_a_perturbation_laid_over_mae_perturbs(perturbation: str, repo_root: Path) -> None:
+    """MAE looks for no nuclei of its own; without them no view is perturbed, whatever is asked for."""
+    train = repo_root / "bundles" / "cytossl_pretrain" / "configs" / "train.json"
+    parser = ConfigParser()
+    parser.read_config([str(train), str(overlay(repo_root, "mae")), str(overlay(repo_root, perturbation))])
+    views = parser.get_parsed_content("views")
+    assert views.ncp is not None
+    assert views.ncp_views
+    assert views.find_nuclei

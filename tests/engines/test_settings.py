@@ -130,6 +130,7 @@ def test_every_plain_setting_is_declared() -> None:
         ({"views": {"global_size": 96}}, "views must be a component with a _target_; it is {'global_size': 96}"),
         ({"train#dataset": "index"}, "train#dataset must be a component with a _target_; it is 'index'"),
         ({"steps": "$-5"}, "steps must be a whole number"),
+        ({"betas": [0.9, 1.0]}, "betas must be a list of which each is a number, at least 0, at most 0.99999"),
         ({"freeze_last_layer": 1}, "freeze_last_layer must be a number, at least 0, at most 0.999"),  # epochs elsewhere
         ({"temperature_warmup": 30}, "temperature_warmup must be a number, at least 0, at most 1"),
     ],

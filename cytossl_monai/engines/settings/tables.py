@@ -94,7 +94,7 @@ _PRETRAIN: dict[str, Kind] = {
     "warmup_epochs": Number(low=0, high=1e6),
     "weight_decay": Number(low=0, high=100),
     "final_weight_decay": Number(low=0, high=100),
-    "betas": Items(of=Number(low=0, high=1), count=2),
+    "betas": Items(of=Number(low=0, high=0.99999), count=2),
     "layer_decay": Number(null=True, low=0, high=1, above=True),
     "clip_norm": Number(null=True, low=0, high=1e9, above=True),
     "clip_by": Choice(among=("all", "parameter")),

@@ -66,8 +66,9 @@ def encode_in_pieces(encoder: nn.Module, pieces: int) -> None:
         return
     if any(isinstance(module, _BatchNorm) for module in encoder.modules()):
         raise ValueError(
-            "accumulation_steps > 1 cannot equal the large batch with an encoder that has batch normalisation; "
-            "set accumulation to 'sum' (its statistics are then those of the small batches), or take a ViT"
+            "accumulation_steps > 1 cannot equal the large batch with an encoder that has batch normalisation; let it "
+            "normalise by groups (stem_norm or resnet_norm: group, in configs/backbone and configs/scale), or set "
+            "train#trainer#accumulation to sum, whose statistics are those of the small batches"
         )
     encoder.forward = _in_pieces(encoder.forward, pieces, _PER_SAMPLE)  # type: ignore[method-assign]
     tokens: Any = getattr(encoder, "forward_tokens", None)

@@ -37,6 +37,8 @@ class _OnlineEvaluation:
         """Evaluate when it is time; attach before the handler that saves. The first process does it."""
         if self.images is None:
             return
+        if is_main():  # an image that cannot be read would else cost the first epoch, which is saved after this
+            engine.add_event_handler(Events.STARTED, self.images.load)
         if self.every_epochs:
             engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.every_epochs), self.evaluate)
         engine.add_event_handler(Events.COMPLETED, self.evaluate)

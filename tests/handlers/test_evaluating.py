@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
+from monai.networks.nets import ViT
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 from ssl_standins import SIZE, Dots, make_trainer
@@ -31,7 +33,15 @@ from cytossl_monai.metrics.probe import linear_probe
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.utils.errors import EXIT_PREEMPTED, OutputError, Preempted, TableError, TrainingDiverged
+from cytossl_monai.utils.errors import (
+    EXIT_PREEMPTED,
+    InputError,
+    OutputError,
+    Preempted,
+    SettingError,
+    TableError,
+    TrainingDiverged,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +84,28 @@ def test_online_knn_is_the_knn_of_the_encoders_features(labelled: Path) -> None:
     assert trainer.state.metrics["linear_probe"] == pytest.approx(probe.balanced_accuracy.mean, abs=1e-6)
     assert trainer.state.metrics["linear_probe_low"] == pytest.approx(probe.balanced_accuracy.low, abs=1e-6)
     assert trainer.state.metrics["linear_probe_auc"] == pytest.approx(probe.auc.mean, abs=1e-6)
+
+
+def test_an_image_that_cannot_be_read_is_found_before_the_first_step(labelled: Path, tmp_path: Path) -> None:
+    """It ended the run at the end of the first epoch, before its checkpoint, and again after every start."""
+    shutil.copytree(labelled, tmp_path / "labelled")
+    half = tmp_path / "labelled" / "light" / "19.png"
+    half.write_bytes(half.read_bytes()[:200])
+    trainer = make_trainer(None, steps=5, handlers=(OnlineKNN(LabelledImages(tmp_path / "labelled", size=SIZE)),))
+    with pytest.raises(InputError, match=r"19\.png cannot be read"):
+        trainer.run()
+    assert trainer.state.iteration == 0
+
+
+def test_an_encoder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    network = ViT(3, (18, 18), (6, 6), hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2, spatial_dims=2)
+    for encoder in (Encoder(network, "mean"), TinyEncoder()):
+        trainer = make_trainer(
+            None, method=MoCoV3(encoder, dim=8, hidden_dim=32), handlers=(EncoderExport(tmp_path / "model.pt"),)
+        )
+        with pytest.raises(SettingError, match=r"could not be written to .*model\.pt .* take a network of"):
+            trainer.run()
+        assert trainer.state.iteration == 0
 
 
 def test_evaluation_does_not_touch_the_training(labelled: Path) -> None:

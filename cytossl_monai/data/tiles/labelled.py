@@ -129,6 +129,15 @@ class LabelledImages:
         """(N, 3, size, size) uint8."""
         return torch.stack([item["image"] for item in self.dataset.__getitems__(range(len(self)))])
 
+    def load(self) -> None:
+        """Read all images now.
+
+        Raises:
+            InputError: names one that cannot be read, or a place that lies outside of its image.
+        """
+        for number in range(len(self)):
+            self.dataset[number]
+
     def features(self, encoder: nn.Module, device: torch.device, batch_size: int = 64) -> Tensor:
         """(N, D) float32 features of all images."""
         return embed_images(encoder, self.dataset, device, batch_size)

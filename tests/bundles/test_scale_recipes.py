@@ -12,6 +12,7 @@ import yaml
 from monai.bundle import ConfigParser
 from PIL import Image
 
+from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.transforms import native_scale
 
 
@@ -60,6 +61,18 @@ def test_it_trains_on_cached_nuclei(more: list[str], repo_root: Path, cells: Pat
     assert torch.isfinite(trainer.state.output["loss"])
     assert list((cells.parent / "out" / "cache").glob("*/slots.bin"))
     assert (cells.parent / "out" / "models" / "model.pt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_encoder_says_what_images_it_learned_from(repo_root: Path, cells: Path) -> None:
+    """As one that learned from slides does: who applies it is told where tiles are of another size or scale."""
+    parser = laid_over(
+        repo_root, cells, "data/images.yaml", "scale/cpu.yaml", image_fit="tile", images_mpp=0.2, image_read_mpp=0.4,
+        tile_size=56, view_size=32,
+    )  # fmt: skip
+    parser.get_parsed_content("train#trainer").run()
+    meta = load_encoder(cells.parent / "out" / "models" / "model.pt")[1]
+    assert (meta["tile_size"], meta["mpp"]) == (56, pytest.approx(0.4))
 
 
 def test_views_show_a_cell_at_the_tiles_scale(repo_root: Path, cells: Path) -> None:

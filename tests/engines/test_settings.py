@@ -170,6 +170,17 @@ def test_a_setting_that_nothing_reads_is_named(
     assert said == ["setting tile_size has no effect: nothing that runs reads it"]
 
 
+def test_epochs_beside_steps_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The recipe for a small machine counts steps, so that ``--epochs 5`` trained 600 of them."""
+    monkeypatch.setattr(sys, "argv", ["run", "--epochs", "5"])
+    begin([PRETRAIN / "train.json", ROOT / "configs/scale/cpu.yaml"], epochs=5)
+    assert "setting epochs has no effect: steps is 600; give --steps null to count epochs" in caplog.text
+    caplog.clear()
+    begin([PRETRAIN / "train.json"], epochs=5)
+    begin([PRETRAIN / "train.json", ROOT / "configs/scale/cpu.yaml"], epochs=5, steps=None)
+    assert "no effect" not in caplog.text
+
+
 def test_an_overlay_over_another_may_leave_its_keys_unused(tmp_path: Path) -> None:
     """The small machine's recipe has keys of its transformer; a ResNet or EfficientNet laid over it replaces that."""
     overlays = [ROOT / "configs" / name for name in ("scale/cpu.yaml", "backbone/efficientnet_lite0.yaml")]

@@ -48,6 +48,7 @@ class _OnlineEvaluation:
         if self.images is None or self._done == engine.state.iteration:
             return
         self._done = engine.state.iteration
+        engine.ensure_finite()  # a probe would say of spoilt weights that its input is
         encoder = whole_encoder(engine.method)
         if not is_main():
             return

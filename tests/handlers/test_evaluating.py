@@ -268,6 +268,17 @@ def test_divergence_names_step_checkpoint_and_causes(tmp_path: Path) -> None:
         assert part in str(told.value)
 
 
+def test_spoilt_weights_are_told_before_a_probe_meets_them(labelled: Path) -> None:
+    class NaNGradient(NaNAt):
+        def forward(self, views: dict) -> dict:
+            features = self.encoder(views["global"][0])
+            return {"loss": features.square().mean() + (features * 0).sum().abs().sqrt()}
+
+    probe = OnlineLinearProbe(LabelledImages(labelled, size=SIZE))
+    with pytest.raises(TrainingDiverged, match="a weight became NaN"):
+        make_trainer(None, steps=1, method=NaNGradient(1), handlers=(probe,)).run()
+
+
 def test_export_is_the_encoder(tmp_path: Path) -> None:
     network = SRTransformer(3, 18, 6, hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2, class_token=True)
     method = MoCoV3(Encoder(network), dim=8, hidden_dim=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,10 @@ __all__ = [
     "shutdown_distributed",
     "world_size",
 ]
+
+_PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, as they do while the first one evaluates (a linear probe of many images):
+NCCL would give up after ten minutes. One that has died is noticed by torchrun at once."""
 
 
 def rank(device: torch.device | None = None) -> int:
@@ -86,7 +91,7 @@ def init_distributed(backend: str | None = None) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"))
+        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=_PATIENCE)
     return device
 
 

@@ -16,6 +16,7 @@ from cytossl_monai.networks.build import network_config
 from cytossl_monai.networks.files import save_encoder
 from cytossl_monai.utils.distributed import is_main
 from cytossl_monai.utils.errors import SettingError, reason
+from cytossl_monai.utils.files import require_writable
 
 __all__ = ["EncoderExport"]
 
@@ -42,6 +43,8 @@ class EncoderExport:
     def _check(self, engine: SSLTrainer) -> None:
         """Say before the training, not after it, that its result could not be written."""
         encoder: Any = engine.method.encoder
+        if is_main():
+            require_writable(self.path.parent)
         try:
             network_config(encoder.network)
         except (AttributeError, ValueError) as error:

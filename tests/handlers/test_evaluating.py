@@ -108,6 +108,16 @@ def test_an_encoder_that_cannot_be_written_is_refused_before_the_first_step(tmp_
         assert trainer.state.iteration == 0
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file")
+    network = SRTransformer(3, 18, 6, hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2)
+    method = MoCoV3(Encoder(network, "mean"), dim=8, hidden_dim=32)
+    trainer = make_trainer(None, method=method, handlers=(EncoderExport(tmp_path / "models" / "model.pt"),))
+    with pytest.raises(OutputError, match="models is a file; give another folder"):
+        trainer.run()
+    assert trainer.state.iteration == 0
+
+
 def test_evaluation_does_not_touch_the_training(labelled: Path) -> None:
     images = LabelledImages(labelled, size=SIZE, n_folds=4)
     plain = make_trainer(None, steps=10)

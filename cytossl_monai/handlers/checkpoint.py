@@ -10,7 +10,7 @@ from typing import Any
 
 from ignite.engine import Events
 
-from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, save_checkpoint
+from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, save_checkpoint, step_of
 from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.utils.distributed import barrier, is_main
 
@@ -24,7 +24,9 @@ class CheckpointHandler:
 
     Files are ``step_<8 digits>.pt`` and ``best.pt``. Each is written under another name and renamed when it is whole;
     an older one is deleted only after that. Resuming is the trainer's: give it the same folder as ``checkpoint_dir``.
-    Attach it after the handlers that compute ``best_metric``.
+    Attach it after the handlers that compute ``best_metric``. A checkpoint that is due by its step at the end of an
+    epoch is written after the epoch's figures. What lies in the folder and is of another run is renamed to
+    ``earlier_step_...``.
 
     Args:
         save_dir: the folder.
@@ -50,16 +52,31 @@ class CheckpointHandler:
         self.best_metric = best_metric
         self.best: dict[str, float] = {}
         self._fresh: tuple[int, float] | None = None  # step and value
+        self._begun: int | None = None  # step that the run went on from, until it saves for the first time
 
     def attach(self, engine: SSLTrainer) -> None:
         """Save at the chosen steps, at the ends of epochs and at the end of the run."""
         engine.stateful["checkpoint"] = self
         engine.sinks.append(self._notice)
-        if self.every_steps:
-            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every_steps), self.save)
-        if self.every_epochs:
-            engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.every_epochs), self.save)
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
         engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def _begin(self, engine: SSLTrainer) -> None:
+        self._begun = engine.state.iteration
+
+    def _step(self, engine: SSLTrainer) -> None:
+        # At the end of an epoch its figures are still to come, which say whether this is the best.
+        if self._due_by_step(engine) and engine.state.iteration % engine.state.epoch_length:
+            self.save(engine)
+
+    def _epoch(self, engine: SSLTrainer) -> None:
+        if self._due_by_step(engine) or (self.every_epochs and engine.state.epoch % self.every_epochs == 0):
+            self.save(engine)
+
+    def _due_by_step(self, engine: SSLTrainer) -> bool:
+        return self.every_steps > 0 and engine.state.iteration % self.every_steps == 0
 
     def _notice(self, step: int, epoch: int, figures: dict[str, float]) -> None:
         """Remember a new value of the figure that counts; a save at the same step decides on it."""
@@ -82,6 +99,7 @@ class CheckpointHandler:
                 self._link_best(path)
             return
         engine.ensure_finite()
+        self._put_aside()
         save_checkpoint(engine, path)
         barrier()
         engine.last_checkpoint = path
@@ -91,6 +109,21 @@ class CheckpointHandler:
             for old in find_checkpoints(self.save_dir)[self.keep_last :]:
                 old.unlink(missing_ok=True)
             logger.info("Saved %s.", path)
+
+    def _put_aside(self) -> None:
+        """Before the first save: rename what another run left, one that this one did not go on from, or damaged files.
+
+        Of later steps, they would count as the newest: this run's own would be deleted in their place, and the next
+        start would go on from them.
+        """
+        begun, self._begun = self._begun, None
+        if begun is None or not is_main():
+            return
+        foreign = [path for path in find_checkpoints(self.save_dir) if step_of(path) > begun]
+        best = self.save_dir / "best.pt"
+        for path in [*foreign, *([best] if begun == 0 and best.exists() else [])]:
+            path.replace(path.with_name(f"earlier_{path.name}"))
+            logger.warning("%s is not of this run: renamed to earlier_%s.", path, path.name)
 
     def _link_best(self, path: Path) -> None:
         """``best.pt`` is another name of the same file: no second copy on the disk."""

@@ -12,8 +12,11 @@ from ignite.engine import Events
 
 from cytossl_monai.engines.ssl.sharding import name_of, whole_encoder
 from cytossl_monai.engines.ssl.trainer import SSLTrainer
+from cytossl_monai.networks.build import network_config
 from cytossl_monai.networks.files import save_encoder
 from cytossl_monai.utils.distributed import is_main
+from cytossl_monai.utils.errors import SettingError, reason
+from cytossl_monai.utils.files import require_writable
 
 __all__ = ["EncoderExport"]
 
@@ -34,7 +37,21 @@ class EncoderExport:
 
     def attach(self, engine: SSLTrainer) -> None:
         """Write in the first process when the run has finished; one that was stopped early leaves the old file."""
+        engine.add_event_handler(Events.STARTED, self._check)
         engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _check(self, engine: SSLTrainer) -> None:
+        """Say before the training, not after it, that its result could not be written."""
+        encoder: Any = engine.method.encoder
+        if is_main():
+            require_writable(self.path.parent)
+        try:
+            network_config(encoder.network)
+        except (AttributeError, ValueError) as error:
+            raise SettingError(
+                f"the trained encoder could not be written to {self.path} ({reason(error)}); take a network of "
+                "cytossl_monai.networks in an Encoder, or convert yours with to_sr_transformer"
+            ) from error
 
     def _write(self, engine: SSLTrainer) -> None:
         engine.ensure_finite()

@@ -37,6 +37,8 @@ class _OnlineEvaluation:
         """Evaluate when it is time; attach before the handler that saves. The first process does it."""
         if self.images is None:
             return
+        if is_main():  # an image that cannot be read would else cost the first epoch, which is saved after this
+            engine.add_event_handler(Events.STARTED, self.images.load)
         if self.every_epochs:
             engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.every_epochs), self.evaluate)
         engine.add_event_handler(Events.COMPLETED, self.evaluate)
@@ -46,6 +48,7 @@ class _OnlineEvaluation:
         if self.images is None or self._done == engine.state.iteration:
             return
         self._done = engine.state.iteration
+        engine.ensure_finite()  # a probe would say of spoilt weights that its input is
         encoder = whole_encoder(engine.method)
         if not is_main():
             return

@@ -70,6 +70,12 @@ class SelfDistillation(SSLMethod):
             raise ValueError(
                 f"teacher temperatures must be positive, got {warmup_teacher_temperature} and {teacher_temperature}"
             )
+        # Both are epochs in the papers' programs: 30 of them would here never end, and 1 freeze prototypes for good.
+        if not 0.0 <= temperature_warmup <= 1.0 or not 0.0 <= freeze_last_layer < 1.0:
+            raise ValueError(
+                "temperature_warmup must lie in [0, 1] and freeze_last_layer in [0, 1), shares of the run, not epochs; "
+                f"got {temperature_warmup} and {freeze_last_layer}"
+            )
         self.head = DINOHead(
             self.head_width(encoder), out_dim, hidden_dim, bottleneck_dim, head_layers, learn_gain=learn_gain
         )

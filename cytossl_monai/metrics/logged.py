@@ -11,6 +11,8 @@ from typing import Any
 from ignite.metrics import Average
 from torch import Tensor
 
+from cytossl_monai.utils.errors import TableError, reason
+
 __all__ = ["HEADER", "loss_metric", "read_log", "scalars"]
 
 
@@ -36,12 +38,21 @@ def read_log(path: str | os.PathLike[str]) -> list[tuple[int, int, str, float]]:
 
     Returns:
         (step, epoch, figure, value) tuples; none where there is no file.
+
+    Raises:
+        TableError: when a whole line is none that a run wrote.
     """
     path = Path(path)
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as stream:
-        text = stream.read()
-    whole = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
-    rows = list(csv.reader(whole.splitlines()))[1:]
-    return [(int(step), int(epoch), figure, float(value)) for step, epoch, figure, value in rows]
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            text = stream.read()
+        whole = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
+        rows = list(csv.reader(whole.splitlines()))[1:]
+        return [(int(step), int(epoch), figure, float(value)) for step, epoch, figure, value in rows]
+    except (ValueError, csv.Error) as error:
+        raise TableError(
+            f"{path} is no log of a run any more ({reason(error)}), as after a change by hand; move it away and start "
+            "again: the run goes on with a new log"
+        ) from error

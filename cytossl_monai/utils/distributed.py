@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 __all__ = [
     "barrier",
+    "each_ones",
     "init_distributed",
     "is_distributed",
     "is_main",
@@ -16,6 +18,10 @@ __all__ = [
     "shutdown_distributed",
     "world_size",
 ]
+
+_PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, as they do while the first one evaluates (a linear probe of many images):
+NCCL would give up after ten minutes. One that has died is noticed by torchrun at once."""
 
 
 def rank(device: torch.device | None = None) -> int:
@@ -49,6 +55,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def each_ones(number: int, device: torch.device) -> list[int]:
+    """The number that each process gives, in the order of their ranks; all processes must call it.
+
+    Args:
+        number: this process'.
+        device: that the backend reaches.
+    """
+    if world_size() == 1:
+        return [number]
+    numbers = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(numbers, torch.tensor(number, device=device))
+    return [int(each) for each in numbers]
+
+
 def init_distributed(backend: str | None = None) -> torch.device:
     """Join the processes that torchrun started, and say which device this one trains on.
 
@@ -71,7 +91,7 @@ def init_distributed(backend: str | None = None) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"))
+        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=_PATIENCE)
     return device
 
 

@@ -12,6 +12,7 @@ import yaml
 from monai.bundle import ConfigParser
 from PIL import Image
 
+from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.transforms import native_scale
 
 
@@ -62,6 +63,18 @@ def test_it_trains_on_cached_nuclei(more: list[str], repo_root: Path, cells: Pat
     assert (cells.parent / "out" / "models" / "model.pt").is_file()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_encoder_says_what_images_it_learned_from(repo_root: Path, cells: Path) -> None:
+    """As one that learned from slides does: who applies it is told where tiles are of another size or scale."""
+    parser = laid_over(
+        repo_root, cells, "data/images.yaml", "scale/cpu.yaml", image_fit="tile", images_mpp=0.2, image_read_mpp=0.4,
+        tile_size=56, view_size=32,
+    )  # fmt: skip
+    parser.get_parsed_content("train#trainer").run()
+    meta = load_encoder(cells.parent / "out" / "models" / "model.pt")[1]
+    assert (meta["tile_size"], meta["mpp"]) == (56, pytest.approx(0.4))
+
+
 def test_views_show_a_cell_at_the_tiles_scale(repo_root: Path, cells: Path) -> None:
     views = laid_over(repo_root, cells, "data/images.yaml", "scale/cpu.yaml").get_parsed_content("views")
     low, high = (112 * part**0.5 for part in views.global_scale)
@@ -84,3 +97,24 @@ def test_the_large_recipe_has_the_small_ones_keys(repo_root: Path, cells: Path) 
     parser = laid_over(repo_root, cells, "data/images.yaml", "scale/gpu.yaml", num_layers=2)
     with torch.device("meta"):
         assert parser.get_parsed_content("encoder").embed_dim == 768
+
+
+@pytest.mark.parametrize(("recipe", "side"), [("cpu.yaml", 32), ("gpu.yaml", 64)])
+def test_local_views_of_dino_laid_over_it_are_smaller_than_its_global_ones(
+    recipe: str, side: int, repo_root: Path, cells: Path
+) -> None:
+    views = laid_over(repo_root, cells, f"scale/{recipe}", "ssl/dino.yaml").get_parsed_content("views")
+    assert set(views.sizes[views.n_global :]) == {side}
+    assert views.sizes[0] == 2 * side
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulation_is_refused_with_its_way_out_and_that_way_is_one(repo_root: Path, cells: Path) -> None:
+    recipe = ("data/images.yaml", "scale/cpu.yaml")
+    with pytest.raises(RuntimeError) as error:
+        laid_over(repo_root, cells, *recipe, accumulation_steps=2).get_parsed_content("train#trainer")
+    told = str(error.value.__cause__)
+    for way in ({"stem_norm": "group"}, {"train#trainer#accumulation": "sum"}):
+        assert next(iter(way)) in told
+        parser = laid_over(repo_root, cells, *recipe, accumulation_steps=2, resume=False, **way)
+        parser.get_parsed_content("train#trainer").run()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import pickle
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,64 @@ def test_an_old_cache_goes_for_a_new_one_unless_a_run_uses_it(images: Path, tmp_
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_two_processes_that_make_room_at_once_both_get_their_cache(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other one removes the old cache while this one looks how large it is."""
+    old = TileCache(tiles(images), tmp_path / "cache")
+    assert old.folder is not None
+    assert old._lock is not None
+    old._lock.close()
+    gone = old.folder
+    iterdir = Path.iterdir
+
+    def removed_meanwhile(folder: Path) -> Any:
+        if folder == gone and gone.exists():
+            found = list(iterdir(folder))
+            shutil.rmtree(gone)
+            return iter(found)
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", removed_meanwhile)
+    cached = TileCache(ImageFolder(images, size=SIZE, mpp=0.7), tmp_path / "cache", max_gb=1.5e-5)
+    assert not gone.exists()
+    assert cached.folder is not None, caplog.text
+
+
+def test_a_cache_in_use_stays_on_nfs(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, flock(2) is a lock of byte ranges: a shared one needs a file that is open for reading."""
+    flock = fcntl.flock
+
+    def by_ranges(file: Any, operation: int) -> None:
+        if operation & fcntl.LOCK_SH and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+            raise OSError(9, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", by_ranges)
+    used = TileCache(tiles(images), tmp_path / "cache")
+    TileCache(ImageFolder(images, size=SIZE, mpp=0.7), tmp_path / "cache", max_gb=1.5e-5)
+    assert used.folder is not None
+    assert used.folder.exists()
+
+
+def test_a_cache_that_is_being_removed_is_waited_for_and_made_anew(images: Path, tmp_path: Path) -> None:
+    old = TileCache(tiles(images), tmp_path / "cache")
+    assert old.folder is not None
+    assert old._lock is not None
+    old._lock.close()
+    made: list[TileCache] = []
+    starting = threading.Thread(target=lambda: made.append(TileCache(tiles(images), tmp_path / "cache")))
+    with open(old.folder / "in_use", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the run does that removes it
+        starting.start()
+        starting.join(0.3)
+        shutil.rmtree(old.folder)
+    starting.join(30)
+    assert made[0].folder == old.folder
+    assert equal(made[0][3], tiles(images)[3])  # written
+    assert equal(made[0][3], tiles(images)[3])  # read
+
+
 def test_a_full_disk_gets_a_sentence_and_the_run_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,6 +224,24 @@ def test_a_full_disk_gets_a_sentence_and_the_run_goes_on(
         cached = TileCache(tiles(images), tmp_path / "cache", segmenter=segmenter)
     assert "No space left on device" in caplog.text
     assert "smaller max_gb" in caplog.text
+    assert equal(cached[3], TileCache(tiles(images), None, segmenter=segmenter)[3])
+
+
+def test_room_is_reserved_where_the_c_library_does_it_by_writing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS before 4.2: posix_fallocate(3) refuses a file that is open for appending, or for writing alone."""
+
+    def emulated(file: int, offset: int, size: int) -> None:
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        if flags & os.O_APPEND or flags & os.O_ACCMODE != os.O_RDWR:
+            raise OSError(9, "Bad file descriptor")
+        os.truncate(file, max(os.fstat(file).st_size, offset + size))
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    cached = TileCache(tiles(images), tmp_path / "cache", segmenter=segmenter)
+    assert not caplog.records
+    assert cached.folder is not None
     assert equal(cached[3], TileCache(tiles(images), None, segmenter=segmenter)[3])
 
 
@@ -190,6 +269,9 @@ def test_mixed_sources_and_tiles_of_another_size(images: Path, tmp_path: Path) -
     expected = MixedDataset([tiles(images), tiles(images)]).__getitems__(list(range(18)))
     for _ in range(2):
         assert all(equal(a, b) for a, b in zip(cached.__getitems__(list(range(18))), expected, strict=True))
+    drawing = MixedDataset([tiles(images), tiles(images, transform=lambda item: item)])
+    with pytest.raises(ValueError, match="give the transform to the MixedDataset"):  # else drawn once and for all
+        TileCache(drawing, tmp_path / "cache")
     uneven = MixedDataset([tiles(images), ImageFolder(images, size=SIZE * 2, mpp=0.25)])
     with pytest.raises(InputError, match="the cache holds tiles of 24 px"):
         TileCache(uneven, tmp_path / "cache")[12]

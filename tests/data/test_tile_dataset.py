@@ -346,6 +346,21 @@ def test_mixed_sources(tmp_path: Path, slides: dict[str, np.ndarray], images: Pa
         MixedDataset([tiles], shares=[0])
 
 
+def test_what_items_are_is_said_where_they_are_alike(tmp_path: Path, slides: dict[str, np.ndarray]) -> None:
+    del slides
+    tiles = TileDataset(tmp_path / "index")
+    assert tiles.tile is not None
+    side, mpp = tiles.tile
+    alike = [ImageRecord(Path("frame.png"), x=50.0, y=50.0)]
+    cells = ImageFolder(alike, size=side, mpp=mpp / 2, crop=2 * side)
+    assert cells.tile == (side, pytest.approx(mpp))
+    assert MixedDataset([tiles, cells]).tile == tiles.tile
+    assert MixedDataset([tiles, ImageFolder(alike, size=side, mpp=mpp, crop=2 * side)]).tile is None
+    whole = ImageFolder([ImageRecord(Path("frame.png"))], size=side, mpp=mpp)
+    assert whole.tile is None
+    assert MixedDataset([whole, whole]).tile is None
+
+
 def test_workers_for_a_machine() -> None:
     assert choose_workers(2, 1) == 1
     assert choose_workers(2, 2) == 1

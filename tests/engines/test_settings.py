@@ -130,6 +130,9 @@ def test_every_plain_setting_is_declared() -> None:
         ({"views": {"global_size": 96}}, "views must be a component with a _target_; it is {'global_size': 96}"),
         ({"train#dataset": "index"}, "train#dataset must be a component with a _target_; it is 'index'"),
         ({"steps": "$-5"}, "steps must be a whole number"),
+        ({"betas": [0.9, 1.0]}, "betas must be a list of which each is a number, at least 0, at most 0.99999"),
+        ({"freeze_last_layer": 1}, "freeze_last_layer must be a number, at least 0, at most 0.999"),  # epochs elsewhere
+        ({"temperature_warmup": 30}, "temperature_warmup must be a number, at least 0, at most 1"),
     ],
 )
 def test_what_is_wrong_is_named(wrong: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -165,6 +168,17 @@ def test_a_setting_that_nothing_reads_is_named(
     begin([PRETRAIN / "train.json", ROOT / "configs/data/images.yaml", ROOT / "configs/ssl/simclr.yaml"], **given)
     said = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
     assert said == ["setting tile_size has no effect: nothing that runs reads it"]
+
+
+def test_epochs_beside_steps_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The recipe for a small machine counts steps, so that ``--epochs 5`` trained 600 of them."""
+    monkeypatch.setattr(sys, "argv", ["run", "--epochs", "5"])
+    begin([PRETRAIN / "train.json", ROOT / "configs/scale/cpu.yaml"], epochs=5)
+    assert "setting epochs has no effect: steps is 600; give --steps null to count epochs" in caplog.text
+    caplog.clear()
+    begin([PRETRAIN / "train.json"], epochs=5)
+    begin([PRETRAIN / "train.json", ROOT / "configs/scale/cpu.yaml"], epochs=5, steps=None)
+    assert "no effect" not in caplog.text
 
 
 def test_an_overlay_over_another_may_leave_its_keys_unused(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from cytossl_monai.engines.ssl.trainer import SSLTrainer
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.methods.simclr import SimCLR
 from cytossl_monai.metrics.logged import scalars
+from cytossl_monai.networks import resnet10
+from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.transforms.views.generator import ViewGenerator
 from cytossl_monai.utils.errors import TrainingDiverged
 
@@ -183,6 +185,23 @@ def test_activation_checkpointing_changes_nothing_but_memory() -> None:
     assert train(method=spared, steps=4)[1].losses == train(method=plain, steps=4)[1].losses
     with pytest.raises(ValueError, match="no list of blocks"):
         checkpoint_blocks(nn.Linear(2, 2))
+
+
+def test_activation_checkpointing_counts_a_batch_once() -> None:
+    """Running means of batch normalisation saw every batch twice: once more in the backward pass."""
+
+    def trained(recompute: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        method = SimCLR(Encoder(resnet10(width=8)), dim=8, hidden_dim=16)
+        if recompute:
+            assert checkpoint_blocks(method.student) == 4
+        make_trainer(None, steps=2, method=method).run()
+        return method.state_dict()
+
+    once, again = trained(False), trained(True)
+    assert int(again["student.network.layer1.0.bn1.num_batches_tracked"]) == 2
+    for name, value in once.items():
+        torch.testing.assert_close(again[name], value, msg=name)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

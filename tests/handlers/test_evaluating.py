@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
+from monai.networks.nets import ViT
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 from ssl_standins import SIZE, Dots, make_trainer
@@ -31,7 +33,15 @@ from cytossl_monai.metrics.probe import linear_probe
 from cytossl_monai.networks.files import load_encoder
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
-from cytossl_monai.utils.errors import EXIT_PREEMPTED, OutputError, Preempted, TableError, TrainingDiverged
+from cytossl_monai.utils.errors import (
+    EXIT_PREEMPTED,
+    InputError,
+    OutputError,
+    Preempted,
+    SettingError,
+    TableError,
+    TrainingDiverged,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +86,38 @@ def test_online_knn_is_the_knn_of_the_encoders_features(labelled: Path) -> None:
     assert trainer.state.metrics["linear_probe_auc"] == pytest.approx(probe.auc.mean, abs=1e-6)
 
 
+def test_an_image_that_cannot_be_read_is_found_before_the_first_step(labelled: Path, tmp_path: Path) -> None:
+    """It ended the run at the end of the first epoch, before its checkpoint, and again after every start."""
+    shutil.copytree(labelled, tmp_path / "labelled")
+    half = tmp_path / "labelled" / "light" / "19.png"
+    half.write_bytes(half.read_bytes()[:200])
+    trainer = make_trainer(None, steps=5, handlers=(OnlineKNN(LabelledImages(tmp_path / "labelled", size=SIZE)),))
+    with pytest.raises(InputError, match=r"19\.png cannot be read"):
+        trainer.run()
+    assert trainer.state.iteration == 0
+
+
+def test_an_encoder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    network = ViT(3, (18, 18), (6, 6), hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2, spatial_dims=2)
+    for encoder in (Encoder(network, "mean"), TinyEncoder()):
+        trainer = make_trainer(
+            None, method=MoCoV3(encoder, dim=8, hidden_dim=32), handlers=(EncoderExport(tmp_path / "model.pt"),)
+        )
+        with pytest.raises(SettingError, match=r"could not be written to .*model\.pt .* take a network of"):
+            trainer.run()
+        assert trainer.state.iteration == 0
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file")
+    network = SRTransformer(3, 18, 6, hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2)
+    method = MoCoV3(Encoder(network, "mean"), dim=8, hidden_dim=32)
+    trainer = make_trainer(None, method=method, handlers=(EncoderExport(tmp_path / "models" / "model.pt"),))
+    with pytest.raises(OutputError, match="models is a file; give another folder"):
+        trainer.run()
+    assert trainer.state.iteration == 0
+
+
 def test_evaluation_does_not_touch_the_training(labelled: Path) -> None:
     images = LabelledImages(labelled, size=SIZE, n_folds=4)
     plain = make_trainer(None, steps=10)
@@ -106,6 +148,21 @@ def test_labelled_images_refuse_what_cannot_be_judged(labelled: Path, tmp_path: 
     assert len(LabelledImages(labelled, size=SIZE, limit=15)) == 15
 
 
+@pytest.mark.parametrize(
+    ("dark", "light", "words"),
+    [(9, 1, "only the class dark is left to learn from"), (4, 4, "5 folds need a class with as many images")],
+)
+def test_folds_that_no_probe_could_learn_from_are_refused_before_training(
+    dark: int, light: int, words: str, labelled: Path, tmp_path: Path
+) -> None:
+    """The linear probe comes at the end of a run: it ended there with scikit-learn's words, and without its model."""
+    rows = [f"{file},{name}\n" for name, count in (("dark", dark), ("light", light))
+            for file in sorted((labelled / name).iterdir())[:count]]  # fmt: skip
+    (tmp_path / "table.csv").write_text("image,label\n" + "".join(rows))
+    with pytest.raises(TableError, match=words):
+        LabelledImages(tmp_path / "table.csv", size=SIZE)
+
+
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     keeper = CheckpointHandler(tmp_path, every_epochs=1, keep_last=2)
     make_trainer(None, steps=25, handlers=(at_ends_of_epochs(0.3, 0.8, 0.5, 0.8, 0.1), keeper)).run()
@@ -121,6 +178,18 @@ def test_a_figure_of_another_step_does_not_make_a_checkpoint_the_best(tmp_path: 
     make_trainer(None, steps=10, handlers=(at_ends_of_epochs(0.9, 0.2), keeper)).run()
     # The figure of step 5 is not that of step 8; that of step 10, the end, is its own.
     assert keeper.best == {"value": 0.2, "step": 10.0}
+
+
+@pytest.mark.parametrize("every_epochs", [0, 1])
+def test_a_checkpoint_due_by_its_step_at_the_end_of_an_epoch_has_the_epochs_figures(
+    every_epochs: int, tmp_path: Path
+) -> None:
+    keeper = CheckpointHandler(tmp_path, every_epochs, every_steps=5, keep_last=9)
+    make_trainer(None, steps=15, handlers=(at_ends_of_epochs(0.4, 0.9, 0.2), keeper)).run()
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 10
+    kept = read_checkpoint(tmp_path / "step_00000010.pt")
+    assert kept["handlers"]["checkpoint"]["best"] == {"value": 0.9, "step": 10.0}
+    assert kept["metrics"]["knn"] == pytest.approx(0.9)
 
 
 def test_the_best_is_remembered_by_a_resumed_run(tmp_path: Path) -> None:
@@ -207,6 +276,17 @@ def test_divergence_names_step_checkpoint_and_causes(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before, "a run that fails goes on listening"
     for part in ("at step 7 of 12", "step_00000004.pt", "learning rate too high", "set clip_norm"):
         assert part in str(told.value)
+
+
+def test_spoilt_weights_are_told_before_a_probe_meets_them(labelled: Path) -> None:
+    class NaNGradient(NaNAt):
+        def forward(self, views: dict) -> dict:
+            features = self.encoder(views["global"][0])
+            return {"loss": features.square().mean() + (features * 0).sum().abs().sqrt()}
+
+    probe = OnlineLinearProbe(LabelledImages(labelled, size=SIZE))
+    with pytest.raises(TrainingDiverged, match="a weight became NaN"):
+        make_trainer(None, steps=1, method=NaNGradient(1), handlers=(probe,)).run()
 
 
 def test_export_is_the_encoder(tmp_path: Path) -> None:

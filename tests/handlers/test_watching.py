@@ -25,6 +25,7 @@ from cytossl_monai.handlers.progress import ProgressBar
 from cytossl_monai.handlers.throughput import Throughput
 from cytossl_monai.methods.moco_v3 import MoCoV3
 from cytossl_monai.metrics.logged import read_log, scalars
+from cytossl_monai.utils.errors import TableError
 
 
 def test_rankme_is_its_formula() -> None:
@@ -184,6 +185,15 @@ def test_log_has_every_figure_and_is_cut_back_on_resume(tmp_path: Path) -> None:
     trainer.state.iteration = 4
     CSVLog(path)._start(trainer)
     assert read_log(path) == [row for row in rows if row[0] <= 4]
+
+
+@pytest.mark.parametrize("line", ["2;1;loss;0,5", "2,1,loss,a lot", "", "2,1,loss"])
+def test_a_log_that_was_changed_by_hand_is_a_sentence(line: str, tmp_path: Path) -> None:
+    make_trainer(tmp_path, steps=4).run()
+    with open(tmp_path / "log.csv", "a") as stream:
+        stream.write(f"{line}\n")
+    with pytest.raises(TableError, match=r"log\.csv is no log of a run any more .* move it away"):
+        make_trainer(tmp_path, steps=6).run()
 
 
 def test_curves_are_drawn_at_the_end(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def test_the_teacher_is_kept(name: str, tiny_vit: TinyViT) -> None:
         ("dino", {"momentum": 2}, "momentum"),
         ("dino", {"teacher_temperature": 0}, "temperatures"),
         ("dino", {"centering": "none"}, "centering"),
+        ("dino", {"freeze_last_layer": 1}, "shares of the run, not epochs"),
+        ("ibot", {"temperature_warmup": 30}, "shares of the run, not epochs"),
         ("ibot", {"mask_ratio": (0.5, 0.1)}, "mask_ratio"),
         ("ibot", {"patch_out_dim": 16}, "shared head"),
         ("ibot", {"teacher_patch_temperature": -1}, "temperatures"),

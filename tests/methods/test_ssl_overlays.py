@@ -65,7 +65,8 @@ def test_numbers_are_numbers(name: str, repo_root: Path) -> None:
     for key, value in content.items():
         if isinstance(value, str):
             assert not re.fullmatch(r"[\d.]+e-?\d+", value), key
-    assert all(isinstance(content[key], float) for key in ("base_lr", "weight_decay", "final_weight_decay"))
+    assert all(isinstance(content[key], float) for key in ("base_lr", "weight_decay"))
+    assert isinstance(content["final_weight_decay"], float) or content["final_weight_decay"] == "@weight_decay"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,3 +78,26 @@ def test_defaults_of_the_class_are_the_published_values(name: str, repo_root: Pa
         if str(reference).startswith("@") and argument not in {"encoder", *free}:
             expected, found = defaults[argument].default, content[str(reference)[1:]]
             assert found == (list(expected) if isinstance(expected, tuple) else expected), argument
+
+
+@pytest.mark.parametrize("name", ["", "moco_v3", "simclr", "byol", "mae", "vpu"])
+def test_a_weight_decay_that_is_given_alone_holds_to_the_end(name: str, repo_root: Path) -> None:
+    """It fell along a cosine to the recipe's own; those of DINO and iBOT are published as rising."""
+    train = repo_root / "bundles" / "cytossl_pretrain" / "configs" / "train.json"
+    parser = ConfigParser()
+    parser.read_config([str(train), *([str(overlay(repo_root, name))] if name else [])])
+    parser["weight_decay"] = 0.3
+    schedule = parser.get_parsed_content("wd_schedule")
+    assert [schedule(step, 10, 5) for step in (0, 5, 9)] == [0.3] * 3
+
+
+@pytest.mark.parametrize("perturbation", ["ncp_light", "ncp_default", "ncp_strong", "ncp_published"])
+def test_a_perturbation_laid_over_mae_perturbs(perturbation: str, repo_root: Path) -> None:
+    """MAE looks for no nuclei of its own; without them no view is perturbed, whatever is asked for."""
+    train = repo_root / "bundles" / "cytossl_pretrain" / "configs" / "train.json"
+    parser = ConfigParser()
+    parser.read_config([str(train), str(overlay(repo_root, "mae")), str(overlay(repo_root, perturbation))])
+    views = parser.get_parsed_content("views")
+    assert views.ncp is not None
+    assert views.ncp_views
+    assert views.find_nuclei

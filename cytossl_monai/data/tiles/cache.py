@@ -59,7 +59,7 @@ class TileCache(Dataset[Item]):
             `cytossl_monai.transforms.nuclei_mask`; None: none are.
 
     Raises:
-        ValueError: for a size that is not above zero.
+        ValueError: for a size that is not above zero, or a ``MixedDataset`` whose sources have transforms of their own.
     """
 
     def __init__(
@@ -71,6 +71,12 @@ class TileCache(Dataset[Item]):
     ) -> None:
         if not max_gb > 0:
             raise ValueError(f"max_gb must be above 0, got {max_gb}; set folder to null to keep nothing")
+        sources: Sequence[Any] = getattr(dataset, "sources", ())
+        if folder is not None and any(getattr(source, "transform", None) is not None for source in sources):
+            raise ValueError(
+                "a source of the MixedDataset has a transform, whose result would be kept and drawn no more; give the "
+                "transform to the MixedDataset, or set folder to null to keep nothing"
+            )
         self.dataset = dataset
         self.transform: Callable[[Item], Item] | None = dataset.transform
         dataset.transform = None
@@ -117,7 +123,6 @@ class TileCache(Dataset[Item]):
                 logger.warning("no tile of %d px fits max_gb=%g; nothing is cached", self.side, max_gb)
                 return
             self.folder = folder / self._digest()
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _in_use(self.folder)
             _make_room(folder, self.folder, int(max_gb * _GIB) - self.capacity * (self._slot_bytes + _CHECK_BYTES))
             for name, bytes_each in (("slots.bin", self._slot_bytes), ("checks.bin", _CHECK_BYTES)):
@@ -237,28 +242,46 @@ def _checksum(content: np.ndarray) -> int:
 
 
 def _in_use(folder: Path) -> IO[bytes]:
-    """A lock that says that a run uses this cache; it goes with the process."""
-    lock = open(folder / "in_use", "ab")  # noqa: SIM115 - held as long as the data set lives
-    with contextlib.suppress(OSError):  # a file system without locks: nothing is removed from it then
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return lock
+    """Make a cache's folder, with a lock that says that a run uses it; the lock goes with the process."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # For reading too: NFS locks by ranges, where a shared lock asks for that.
+            lock = open(folder / "in_use", "a+b")  # noqa: SIM115 - held as long as the data set lives
+        except FileNotFoundError:  # another run has removed the folder in between
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a run that is just removing this cache
+        except OSError:  # a file system without locks: nothing is removed from it then
+            return lock
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "in_use")):
+                return lock
+        lock.close()
 
 
 def _make_room(folder: Path, own: Path, allowed: int) -> None:
     """Remove other caches that no run uses, the oldest first, until they take ``allowed`` bytes at most."""
-    others = sorted((path for path in folder.glob("*/cache.json") if path.parent != own), key=os.path.getmtime)
-    sizes = {path: sum(part.stat().st_size for part in path.parent.iterdir()) for path in others}
-    for path in others:
-        if sum(sizes.values()) <= allowed:
+    others: list[tuple[float, Path, int]] = []
+    for about in folder.glob("*/cache.json"):
+        if about.parent != own:
+            with contextlib.suppress(FileNotFoundError):  # another process of this training is just removing it
+                size = sum(part.stat().st_size for part in about.parent.iterdir())
+                others.append((about.stat().st_mtime, about.parent, size))
+    taken = sum(size for _, _, size in others)
+    for _, path, size in sorted(others):
+        if taken <= allowed:
             return
         try:
-            with open(path.parent / "in_use", "ab") as lock:
+            with open(path / "in_use", "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                logger.info("tile cache %s is removed: no run uses it", path.parent)
-                shutil.rmtree(path.parent)
+                logger.info("tile cache %s is removed: no run uses it", path)
+                shutil.rmtree(path)
+        except FileNotFoundError:
+            pass  # removed by another process
         except OSError:
             continue  # another run uses it
-        sizes.pop(path)
+        taken -= size
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -267,13 +290,18 @@ def _reserve(path: Path, size: int) -> None:
     Raises:
         OSError: where there is no room; what was there before is left.
     """
-    with open(path, "ab") as stream:
-        had = os.fstat(stream.fileno()).st_size
+    # Not for appending: where a file system cannot reserve (NFS before 4.2), the C library does it by writing, and
+    # refuses files that are open so.
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        had = os.fstat(file).st_size
         try:
-            os.posix_fallocate(stream.fileno(), 0, size)
+            os.posix_fallocate(file, 0, size)
         except OSError:
-            os.ftruncate(stream.fileno(), had)
+            os.ftruncate(file, had)
             raise
+    finally:
+        os.close(file)
 
 
 def _describe(dataset: Any, update: Callable[[bytes], Any]) -> None:

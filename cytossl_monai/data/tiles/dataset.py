@@ -305,6 +305,15 @@ class MixedDataset(Dataset[Item]):
         self.groups = np.concatenate([s.groups.astype(np.int64) + start for s, start in zip(self.sources, starts)])
         self.weights: np.ndarray | None = None
 
+    @property
+    def tile(self) -> tuple[int, float] | None:
+        """As `TileDataset.tile`, where the sources are alike (to a hundredth of the scale)."""
+        tiles = [getattr(source, "tile", None) for source in self.sources]
+        first = tiles[0]
+        if first is None or any(t is None or t[0] != first[0] or abs(t[1] - first[1]) > 0.01 * first[1] for t in tiles):
+            return None
+        return first
+
     def tile_um(self) -> float:
         """Side of an item in um: that of the source with the largest share."""
         return float(self.sources[int(np.argmax(self.shares))].tile_um())

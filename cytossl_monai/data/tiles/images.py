@@ -275,6 +275,15 @@ class ImageFolder(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def tile(self) -> tuple[int, float] | None:
+        """Side in pixels and micrometres per pixel of the items; None where each image is resized in its own way."""
+        if self.fit == "tile":
+            return self.size, self.mpp * self.side / self.size
+        if all(record.x is not None and record.y is not None for record in self.records):
+            return self.size, self.mpp * self.crop / self.size
+        return None
+
     def tile_um(self, sample: int = 200) -> float:
         """Side in um of the real part of an item, the median of the items (of ``sample`` of them, evenly drawn)."""
         numbers = np.unique(np.linspace(0, len(self.records) - 1, min(sample, len(self.records))).astype(int))

@@ -72,8 +72,8 @@ class LabelledImages:
         mpp: micrometres per pixel of the images.
 
     Raises:
-        TableError: when images lack a label, there are fewer than two classes, or a name is no number with
-            ``group_block``.
+        TableError: when images lack a label, there are fewer than two classes, too few of a class for the folds, or a
+            name is no number with ``group_block``.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LabelledImages:
                 f"{source}: {n_folds} folds need as many groups, got {len(set(self.groups))} ({self.groups[0]}, ...); "
                 "give a column 'group' with more of them, or fewer folds"
             )
-        self.folds = group_folds(self.labels.tolist(), self.groups, n_folds, seed)
+        self.folds = _folds(self.labels, self.groups, n_folds, seed, self.classes, str(source))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,6 +128,15 @@ class LabelledImages:
     def images(self) -> Tensor:
         """(N, 3, size, size) uint8."""
         return torch.stack([item["image"] for item in self.dataset.__getitems__(range(len(self)))])
+
+    def load(self) -> None:
+        """Read all images now.
+
+        Raises:
+            InputError: names one that cannot be read, or a place that lies outside of its image.
+        """
+        for number in range(len(self)):
+            self.dataset[number]
 
     def features(self, encoder: nn.Module, device: torch.device, batch_size: int = 64) -> Tensor:
         """(N, D) float32 features of all images."""
@@ -169,6 +178,27 @@ def _filled(box: tuple[int, int, float, float], field: int) -> float:
     across = min(x + field / 2, width) - max(x - field / 2, 0)
     down = min(y + field / 2, height) - max(y - field / 2, 0)
     return max(across, 0) * max(down, 0) / field**2
+
+
+def _folds(
+    labels: np.ndarray, groups: Sequence[str], n_folds: int, seed: int, classes: Sequence[str], source: str
+) -> np.ndarray:
+    """Folds of which each leaves two classes to learn from: a probe would find out at the end of a training."""
+    counts = np.bincount(labels)
+    if counts.max() < n_folds:
+        raise TableError(
+            f"{source}: {n_folds} folds need a class with as many images, the largest has {counts.max()}; label more "
+            "images, or take fewer folds"
+        )
+    folds = group_folds(labels.tolist(), groups, n_folds, seed)
+    for fold in np.unique(folds):
+        left = np.unique(labels[folds != fold])
+        if len(left) < 2:
+            raise TableError(
+                f"{source}: without fold {fold} only the class {classes[left[0]]} is left to learn from; label more "
+                "images of the other, in more than one group"
+            )
+    return folds
 
 
 def _groups(records: Sequence[ImageRecord], folder: bool, block: int | None, source: str) -> list[str]:

@@ -148,6 +148,8 @@ def _check(
         _check_outputs(table, values)
     for name in idle:
         logger.warning("setting %s has no effect: nothing that runs reads it", name)
+    if "epochs" in _flags(argv) and values.get("steps") is not None:
+        logger.warning("setting epochs has no effect: steps is %s; give --steps null to count epochs", values["steps"])
 
 
 def _read_plain(
@@ -288,6 +290,11 @@ def _check_names(config: Mapping[str, Any], known: set[str], defined: Mapping[st
                 raise SettingError(f"unknown setting {section}#{key}: {_nearest(str(key), list(own))}")
 
 
+def _flags(argv: Sequence[str]) -> set[str]:
+    """Names of what the command line gives."""
+    return {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+
+
 def _idle(parser: ConfigParser, kinds: Mapping[str, Kind], argv: Sequence[str]) -> list[str]:
     """Settings that the command line names and nothing that runs reads: an overlay has replaced what would.
 
@@ -295,7 +302,7 @@ def _idle(parser: ConfigParser, kinds: Mapping[str, Kind], argv: Sequence[str]) 
         SettingError: for one that is not to be passed over, see ``Kind.reader``.
     """
     config: Any = parser.config
-    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+    flags = _flags(argv)
     if "run" not in config or "run_id" in flags:
         return []
     used = heads(reached(config))

@@ -94,7 +94,7 @@ _PRETRAIN: dict[str, Kind] = {
     "warmup_epochs": Number(low=0, high=1e6),
     "weight_decay": Number(low=0, high=100),
     "final_weight_decay": Number(low=0, high=100),
-    "betas": Items(of=Number(low=0, high=1), count=2),
+    "betas": Items(of=Number(low=0, high=0.99999), count=2),
     "layer_decay": Number(null=True, low=0, high=1, above=True),
     "clip_norm": Number(null=True, low=0, high=1e9, above=True),
     "clip_by": Choice(among=("all", "parameter")),
@@ -109,7 +109,7 @@ _PRETRAIN: dict[str, Kind] = {
     "rgb_prob": _SHARE,
     "teacher_temperature": Number(low=0, high=100, above=True),
     "warmup_teacher_temperature": Number(low=0, high=100, above=True),
-    "temperature_warmup": Number(low=0, high=1e6),
+    "temperature_warmup": _SHARE,
     "nuclei_source": PathText(
         null=True, reader="train.json on indexed slides, and configs/data/images.yaml and mixed.yaml replace those"
     ),
@@ -137,7 +137,7 @@ _PRETRAIN: dict[str, Kind] = {
     "patch_prototypes": Count(low=2, high=1 << 24),
     "freeze_patches": Switch(),
     "frozen_blocks": Count(high=16),
-    "freeze_last_layer": Number(low=0, high=1e6),
+    "freeze_last_layer": Number(low=0, high=0.999),
     "mask_bias": Number(low=-1e3, high=1e3),
     "decoder_dim": Count(low=1, high=65536),
     "decoder_depth": Count(low=1, high=1024),

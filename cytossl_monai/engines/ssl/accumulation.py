@@ -9,8 +9,9 @@ gradient is the large batch's for every method, at the price of one more forward
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ def encode_in_pieces(encoder: nn.Module, pieces: int) -> None:
         return
     if any(isinstance(module, _BatchNorm) for module in encoder.modules()):
         raise ValueError(
-            "accumulation_steps > 1 cannot equal the large batch with an encoder that has batch normalisation; "
-            "set accumulation to 'sum' (its statistics are then those of the small batches), or take a ViT"
+            "accumulation_steps > 1 cannot equal the large batch with an encoder that has batch normalisation; let it "
+            "normalise by groups (stem_norm or resnet_norm: group, in configs/backbone and configs/scale), or set "
+            "train#trainer#accumulation to sum, whose statistics are those of the small batches"
         )
     encoder.forward = _in_pieces(encoder.forward, pieces, _PER_SAMPLE)  # type: ignore[method-assign]
     tokens: Any = getattr(encoder, "forward_tokens", None)
@@ -100,17 +102,39 @@ def checkpoint_blocks(encoder: nn.Module) -> int:
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         for block in module:
-            block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+            block.forward = _recomputed(block)  # type: ignore[method-assign]
             found += 1
     if not found:
         raise ValueError("activation_checkpointing found no list of blocks in the encoder; switch it off")
     return found
 
 
-def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _statistics_held(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Batch normalisation goes by the batch as before, but its running means stay: the batch weighs nothing in them."""
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+
+
+def _recomputed(block: nn.Module) -> Callable[..., Any]:
+    function = block.forward
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    # What is computed twice would be counted twice by running means. ``torch.compile`` takes no such contexts: where
+    # there is nothing to hold it need not.
+    holding: dict[str, Any] = {}
+    if norms:
+        holding["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_held(norms))
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return checkpoint(function, *args, use_reentrant=False, **holding, **kwargs)
 
     return run

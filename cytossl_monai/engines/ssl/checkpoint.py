@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
 from cytossl_monai.engines.ssl.protocol import SSLRun
 from cytossl_monai.engines.ssl.sharding import full_state, load_full_state, name_of
-from cytossl_monai.utils.distributed import is_main, world_size
+from cytossl_monai.utils.distributed import each_ones, is_main, world_size
 from cytossl_monai.utils.errors import CheckpointError
 from cytossl_monai.utils.files import atomic_path, read_torch
 
-__all__ = ["find_checkpoints", "load_checkpoint", "read_checkpoint", "save_checkpoint", "step_of"]
+__all__ = ["check_same_step", "find_checkpoints", "load_checkpoint", "read_checkpoint", "save_checkpoint", "step_of"]
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION = "cytossl-train", 1
@@ -99,8 +100,9 @@ def load_checkpoint(trainer: SSLRun, path: str | os.PathLike[str]) -> int:
     content = read_checkpoint(path)
     method = trainer.method
     _check_fits(method, content, Path(path))
+    optimizer = _with_settings_of(trainer.optimizer, content["optimizer"], Path(path))
     try:
-        load_full_state(method, trainer.optimizer, content["model"], content["optimizer"])
+        load_full_state(method, trainer.optimizer, content["model"], optimizer)
     except ValueError as error:
         raise CheckpointError(
             f"checkpoint {path} was made with another optimiser ({_first_line(error)}); restore the configuration it "
@@ -137,6 +139,43 @@ def _check_fits(method: nn.Module, content: Mapping[str, Any], path: Path) -> No
         f"checkpoint {path} was made for another architecture ({content['method']}; {what}; {count} differences); "
         "restore the configuration it was trained with, or use another output_dir"
     )
+
+
+def _with_settings_of(optimizer: Optimizer, saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """An optimiser's saved state with the settings of the one that goes on: what was changed since has its effect.
+
+    PyTorch's own loading takes the settings of the file, so that other ``betas`` would be ignored, and those of another
+    kind of optimiser be missed only at its first step.
+    """
+    own, there = optimizer.param_groups, saved.get("param_groups")
+    if not isinstance(there, list) or not all(isinstance(group, dict) and "params" in group for group in there):
+        raise CheckpointError(f"checkpoint {path} is damaged (its optimizer has no groups); go on from another")
+    # Versions of PyTorch add settings to an optimiser, so that one side may know more; two kinds have each some of
+    # their own. Adam and AdamW have the same ones and the same state.
+    if len(own) == len(there) and set(own[0]) - set(there[0]) and set(there[0]) - set(own[0]):
+        raise CheckpointError(
+            f"checkpoint {path} was made with another optimiser (it has no {min(set(own[0]) - set(there[0]))}, which "
+            f"{type(optimizer).__name__} needs); restore the configuration it was trained with, or use another "
+            "output_dir"
+        )
+    if len(own) != len(there):
+        return dict(saved)  # refused by who loads it
+    groups = [{**mine, "params": group["params"]} for mine, group in zip(own, there)]
+    return {**saved, "param_groups": groups}
+
+
+def check_same_step(trainer: SSLRun, folder: Path | None) -> None:
+    """Refuse to train where the processes go on from different steps; all processes call it.
+
+    Raises:
+        CheckpointError: names the steps.
+    """
+    steps = each_ones(trainer.state.iteration, trainer.state.device)
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the processes found different checkpoints in {folder} and would go on from the steps {sorted(set(steps))}"
+            "; give a checkpoint_dir that all machines see"
+        )
 
 
 def _warn_if_changed(trainer: SSLRun, content: Mapping[str, Any]) -> None:

@@ -1,14 +1,23 @@
-"""What to tell a user whose training diverged: where, what is likely, and what to go on from."""
+"""Whether a training diverged, and what to tell its user: where, what is likely, and what to go on from."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["describe_divergence"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["describe_divergence", "finite_weights"]
+
+
+def finite_weights(method: nn.Module) -> Tensor:
+    """() bool on the weights' device: whether all of them, under FSDP those of this process, are finite."""
+    shards = (getattr(parameter, "to_local", lambda whole=parameter: whole)() for parameter in method.parameters())
+    return torch.stack([torch.isfinite(shard.detach()).all() for shard in shards]).all()
 
 
 def describe_divergence(trainer: Any, check_every: int, clip_norm: float | None, precision: str) -> str:
-    """A sentence or three about a loss that became NaN or infinite.
+    """A sentence or three about a loss, or a weight, that became NaN or infinite.
 
     Args:
         trainer: the run: its state, optimiser, length and last checkpoint.
@@ -29,6 +38,6 @@ def describe_divergence(trainer: Any, check_every: int, clip_norm: float | None,
     kept = trainer.last_checkpoint
     then = f"The last good checkpoint is {kept}" if kept is not None else "No checkpoint had been written yet"
     return (
-        f"The loss became NaN or infinite {where} of {trainer.total_steps}. Likely causes: {'; '.join(causes)}. "
-        f"{then}; change one of these and start again."
+        f"The loss or a weight became NaN or infinite {where} of {trainer.total_steps}. Likely causes: "
+        f"{'; '.join(causes)}. {then}; change one of these and start again."
     )

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from cytossl_monai.data.tiles.dataset import batch_to
 from cytossl_monai.engines.ssl.accumulation import encode_in_pieces
 from cytossl_monai.engines.ssl.batches import check_batch, cut_views, join_views
-from cytossl_monai.engines.ssl.checkpoint import find_checkpoints, load_checkpoint
-from cytossl_monai.engines.ssl.divergence import describe_divergence
+from cytossl_monai.engines.ssl.checkpoint import check_same_step, find_checkpoints, load_checkpoint
+from cytossl_monai.engines.ssl.divergence import describe_divergence, finite_weights
 from cytossl_monai.engines.ssl.optim import clip_gradients, set_hyperparameters
 from cytossl_monai.engines.ssl.protocol import Stateful
 from cytossl_monai.engines.ssl.wrap import unwrap
@@ -96,7 +96,7 @@ class SSLTrainer(Trainer):
     Raises:
         ValueError: when an argument is out of range.
         CheckpointError: from ``run``, when the checkpoint to resume from does not fit.
-        TrainingDiverged: from ``run``, when the loss is NaN or infinite.
+        TrainingDiverged: from ``run``, when the loss or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -210,6 +210,7 @@ class SSLTrainer(Trainer):
         """Resume, then let the data begin at the step that comes next."""
         if self.resume and self.checkpoint_dir is not None:
             self._resume_from(find_checkpoints(self.checkpoint_dir))
+        check_same_step(self, self.checkpoint_dir)
         sampler: Any = getattr(self.data_loader, "batch_sampler", None)
         if hasattr(sampler, "set_start_step"):
             sampler.set_start_step(self.state.iteration)
@@ -221,7 +222,7 @@ class SSLTrainer(Trainer):
             try:
                 step = load_checkpoint(self, path)
             except CheckpointError as error:
-                if "damaged" not in str(error):
+                if "damaged" not in str(error).replace(str(path), ""):  # a folder may be called so
                     raise
                 damaged.append(path)
                 self.logger.error("%s", error)
@@ -366,17 +367,21 @@ class SSLTrainer(Trainer):
         """Note whether the loss is finite; look every ``check_every`` steps."""
         self._bad |= ~torch.isfinite(loss)
         if (step + 1) % self.check_every == 0 or step + 1 == self.total_steps:
-            self.ensure_finite()
+            self._stop_where(self._bad)
 
     def ensure_finite(self) -> None:
-        """Stop the run if a loss was not finite since the last look; called before anything is saved.
+        """Stop the run if a loss since the last look or a weight is not finite; called before anything is saved.
+
+        A gradient can be NaN where its loss is not, and of several processes each sees its own loss alone.
 
         Raises:
             TrainingDiverged: says where, what is likely, and what to go on from.
         """
-        if not bool(self._bad):
-            return
-        raise TrainingDiverged(describe_divergence(self, self.check_every, self.clip_norm, self.precision))
+        self._stop_where(self._bad | ~finite_weights(self.method))
+
+    def _stop_where(self, bad: Tensor) -> None:
+        if bool(bad):
+            raise TrainingDiverged(describe_divergence(self, self.check_every, self.clip_norm, self.precision))
 
     def report(self, **figures: float) -> None:
         """Publish figures: into ``state.metrics``, which MONAI's handlers log once an epoch, and to the sinks."""

@@ -59,7 +59,7 @@ echo "setup: packages of $requirements"
 pip install --quiet -r "$requirements"
 echo "setup: cuCIM and this package"
 if [ "$gpu" = 1 ]; then
-  pip install --quiet -r requirements-cucim.txt
+  pip install --quiet -r requirements-gpu.txt
 elif [ "$(uname -s)" = Linux ]; then
   pip install --quiet --no-deps -r requirements-cucim.txt
 else

@@ -157,3 +157,11 @@ def test_seeds_are_spread_and_independent_of_their_neighbours() -> None:
     np.testing.assert_allclose(bits, 0.5, atol=0.04)  # five deviations of 4096 coins
     assert derive_seed(1, 2) != derive_seed(2, 1)
     assert derive_seed(0, 0) != derive_seed(0)
+
+
+def test_a_batch_larger_than_the_data_set_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        SSLBatchSampler(Source([30, 9]), 39, seed=0)
+        assert not caplog.messages
+        SSLBatchSampler(Source([30, 9]), 20, seed=0, world_size=2)
+    assert "takes 40 samples and there are 39" in caplog.text

@@ -11,6 +11,7 @@ starts where the last one stopped without reading what it skips.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
@@ -21,6 +22,8 @@ from torch.utils.data import Sampler
 from cytossl_monai.utils.seeding import derive_seed
 
 __all__ = ["SSLBatchSampler", "TileSource", "TileStream", "group_quotas", "windowed_order"]
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -205,6 +208,14 @@ class SSLBatchSampler(Sampler[list[tuple[int, int]]]):
         if epoch_length is not None and epoch_length < 1:
             raise ValueError(f"epoch_length must be at least 1, got {epoch_length}")
         self.epoch_length = epoch_length or max(1, len(dataset) // self.global_batch_size)
+        if self.global_batch_size > len(dataset):
+            logger.warning(
+                "a step takes %d samples and there are %d: a batch holds some of them twice, which methods that tell "
+                "samples apart (SimCLR, MoCo v3) take for different ones; lower batch_size",
+                self.global_batch_size,
+                len(dataset),
+            )
+        self._first_batch: int | None = None
         self.start_step = 0
 
     def __len__(self) -> int:
@@ -242,9 +253,11 @@ class SSLBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def fingerprint(self) -> dict[str, int]:
         """What a checkpoint keeps to tell whether a resumed run sees the same sequence."""
+        if self._first_batch is None:  # once: of millions of tiles the first pass takes seconds
+            self._first_batch = derive_seed(*self.global_batch(0).tolist())
         return {
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "epoch_length": self.epoch_length,
-            "first_batch": derive_seed(*self.global_batch(0).tolist()),
+            "first_batch": self._first_batch,
         }

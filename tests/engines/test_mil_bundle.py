@@ -16,7 +16,7 @@ from cytossl_monai.engines.mil.cross_validate import cross_validate
 from cytossl_monai.engines.mil.few_shot import draw_shots, few_shot_curve
 from cytossl_monai.engines.mil.predict import inference_items
 from cytossl_monai.networks.files import load_classifier
-from cytossl_monai.utils.errors import CheckpointError, FeatureError, InputError, RunError, TableError
+from cytossl_monai.utils.errors import CheckpointError, FeatureError, InputError, RunError, SettingError, TableError
 from cytossl_monai.utils.locks import LOCK_NAME, LockedError, folder_lock
 from cytossl_monai.utils.program import plain_cause
 from cytossl_monai.utils.report import RunReport
@@ -371,3 +371,11 @@ def test_few_shot_curve(trained, configs, tmp_path):
     assert len(pd.read_csv(tmp_path / "few_shot_runs.csv")) == 4
     assert (tmp_path / "few_shot.png").is_file()
     pd.testing.assert_frame_equal(few_shot_curve(*arguments, **settings), table)
+
+
+@pytest.mark.parametrize("name", ["holdout", "test_fold", "n_folds", "items", "splits"])
+@pytest.mark.parametrize("protocol", [cross_validate, few_shot_curve])
+def test_what_a_protocol_chooses_itself_is_no_override(protocol, name, trained, configs, tmp_path):
+    files = configs / "train.json", trained / "slides.csv", trained / "features", tmp_path
+    with pytest.raises(SettingError, match=name):
+        protocol(*files, overrides={name: None})

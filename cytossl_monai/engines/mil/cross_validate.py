@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 GIVEN = ("slides", "features_dir", "target", "classes", "seed", "output_dir", "model_path", "bundle_root")
 """Settings of ``train.json`` that the runs of a cross-validation or a few-shot curve are given."""
-_FOLDS = ("n_folds", "fold", "test_fold", "holdout", "items", "splits")
+FOLDS = ("n_folds", "fold", "test_fold", "holdout", "items", "splits")
+"""Settings of ``train.json`` that choose slides, which such runs do themselves."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def cross_validate(
         raise SettingError(f"setting repeats must be a whole number, at least 1; it is {repeats}")
     output_dir, files = Path(output_dir), training_files(config, overlays)
     require_writable(output_dir)
-    check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, *_FOLDS))
+    check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, *FOLDS))
     items = bag_items(without_test(read_slide_table(slides)), features_dir, target, classes)
     made_by = bag_encoder(items)
     if encoder is not None:

@@ -19,7 +19,7 @@ from cytossl_monai.data.bags.items import bag_items
 from cytossl_monai.data.bags.splits import assign_folds, without_test
 from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.engines.bundle import run_training, training_files
-from cytossl_monai.engines.mil.cross_validate import GIVEN
+from cytossl_monai.engines.mil.cross_validate import FOLDS, GIVEN
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.classification import classification_metrics
@@ -151,7 +151,7 @@ def few_shot_curve(
         raise InputError("few-shot draws k slides of each class; a multilabel target has no classes in that sense")
     folder, files = Path(output_dir), training_files(config, overlays)
     require_writable(folder)
-    check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, "splits", "patience", "calibrate"))
+    check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, *FOLDS, "patience", "calibrate"))
     items = bag_items(without_test(read_slide_table(slides)), features_dir, target, classes)
     labels = np.array([item["label"] for item in items])
     patients = [item["patient_id"] for item in items]

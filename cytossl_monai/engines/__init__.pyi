@@ -2,6 +2,7 @@ from .bundle import bundle_root as bundle_root, run_training as run_training
 from .mil.cross_validate import cross_validate as cross_validate
 from .mil.evaluation import check_unseen as check_unseen
 from .mil.few_shot import few_shot_curve as few_shot_curve
+from .mil.marks import with_marks as with_marks
 from .mil.predict import inference_items as inference_items, predict_items as predict_items
 from .mil.trainer import (
     BagInferer as BagInferer,
@@ -45,5 +46,6 @@ __all__ = [
     "prepare_bags",
     "run_training",
     "standardise",
+    "with_marks",
     "wrap",
 ]

@@ -20,6 +20,7 @@ from cytossl_monai.data.slide_table import read_slide_table
 from cytossl_monai.engines.bundle import training_files
 from cytossl_monai.engines.mil.evaluation import write_evaluation
 from cytossl_monai.engines.mil.folds import FoldRun, finished, fold_stamp, run_fold
+from cytossl_monai.engines.mil.marks import with_marks
 from cytossl_monai.engines.mil.predict import predict_items
 from cytossl_monai.engines.settings.check import check_training
 from cytossl_monai.metrics.bootstrap import Interval
@@ -38,7 +39,7 @@ __all__ = ["CrossValidation", "cross_validate"]
 
 logger = logging.getLogger(__name__)
 
-GIVEN = ("slides", "features_dir", "target", "classes", "seed", "output_dir", "model_path", "bundle_root")
+GIVEN = ("slides", "features_dir", "target", "classes", "seed", "output_dir", "model_path", "bundle_root", "marks")
 """Settings of ``train.json`` that the runs of a cross-validation or a few-shot curve are given."""
 FOLDS = ("n_folds", "fold", "test_fold", "holdout", "items", "splits")
 """Settings of ``train.json`` that choose slides, which such runs do themselves."""
@@ -84,6 +85,7 @@ def cross_validate(
     weights: str | os.PathLike[str] | None = None,
     nested: bool = False,
     repeats: int = 1,
+    marks: str | os.PathLike[str] | None = None,
 ) -> CrossValidation:
     """Train k classifiers, each without one fold of the patients, and judge each slide by the one that never saw it.
 
@@ -122,6 +124,7 @@ def cross_validate(
         weights: its weights, where it is a card.
         nested: measure ensembles by nested folds; needs four folds or more.
         repeats: how many times all of it is done, at least 1.
+        marks: cells that somebody marked, see `with_marks`; those of the slides that are tested on are not looked at.
 
     Returns:
         figures and predictions.
@@ -139,7 +142,7 @@ def cross_validate(
     output_dir, files = Path(output_dir), training_files(config, overlays)
     require_writable(output_dir)
     check_training(files, overrides or {}, "cytossl_mil/train", (*GIVEN, *FOLDS))
-    items = bag_items(without_test(read_slide_table(slides)), features_dir, target, classes)
+    items = with_marks(bag_items(without_test(read_slide_table(slides)), features_dir, target, classes), marks)
     made_by = bag_encoder(items)
     if encoder is not None:
         check_made_by(made_by, encoder, weights)
@@ -185,6 +188,7 @@ def cross_validate(
             "num_workers": num_workers,
             "n_resamples": 1,
             "repeats": repeats,
+            "marks": marks,
         }
         judged = _nested_probabilities(config, slides, features_dir, output_dir / "nested", items, folds, inner)
         figures = write_evaluation(

@@ -106,6 +106,7 @@ def fold_stamp(
         "settings": dict(settings),
         "items": [
             [i["slide_id"], i["patient_id"], np.asarray(i["label"]).tolist(), file_fingerprint(i["features"]), int(f)]
+            + ([i["marks"]] if i.get("marks") else [])
             for i, f in zip(items, folds)
         ],
     }

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cytossl_monai.data.bags.dataset import BagDataset, collate_bags, feature_statistics
+from cytossl_monai.data.bags.features import read_features
 from cytossl_monai.data.bags.sampler import BagBatchSampler
 from cytossl_monai.metrics.classification import classification_metrics
 from cytossl_monai.networks.mil.base import MILModel
 from cytossl_monai.networks.mil.classifier import MILClassifier, MILPrediction
 from cytossl_monai.networks.mil.targets import class_probabilities, target_loss
+from cytossl_monai.utils.errors import SettingError
 from cytossl_monai.utils.locks import folder_lock
 
 logger = logging.getLogger(__name__)
@@ -194,6 +196,9 @@ def standardise(network: MILModel, dataset: BagDataset, validation: BagDataset |
 
     Returns:
         the network.
+
+    Raises:
+        SettingError: when cells are marked and the method does not learn from marks.
     """
     network.set_standardisation(*feature_statistics(dataset))
     places = [(dataset, i) for i in range(len(dataset))]
@@ -203,8 +208,22 @@ def standardise(network: MILModel, dataset: BagDataset, validation: BagDataset |
         logger.info("%d slides, the validation slides among them, are learned from in closed form", len(places))
     patients = [str(data.data[i]["patient_id"]) for data, i in places]
     bags = (data.whole(i) for data, i in places)
-    network.learn_bags(((bag["features"], bag["label"]) for bag in bags), patients)
+    marked = None
+    if any(data.data[i].get("marks") for data, i in places):
+        if not network.takes_marks:
+            raise SettingError(
+                f"{type(network).__name__} learns from labels of slides alone: lay configs/mil/discriminant.yaml over "
+                "train.json for marked cells, or leave marks out"
+            )
+        marked = [_marked(data.data[i]) for data, i in places]
+    network.learn_bags(((bag["features"], bag["label"]) for bag in bags), patients, marked)
     return network
+
+
+def _marked(item: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(M, D) features of an item's marked cells, as the encoder made them, and their classes (M,) int64."""
+    pairs = torch.tensor(item.get("marks") or [], dtype=torch.int64).reshape(-1, 2)
+    return torch.from_numpy(read_features(item["features"]).features)[pairs[:, 0]], pairs[:, 1]
 
 
 def class_weights(items: Sequence[dict[str, Any]], target: str, power: float = 1.0) -> Tensor:

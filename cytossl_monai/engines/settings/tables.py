@@ -187,6 +187,7 @@ _MIL: dict[str, Kind] = {
     "prevalence": Items(null=True, of=Number(low=0, high=1, above=True)),
     "holdout": Number(null=True, low=0, high=1, above=True),
     "one_class": Switch(),
+    "marks": PathText(null=True, must_exist=True),
     "tiles_per_slide": Count(null=True, low=1),
     # of evaluate.json
     "evaluate_on": Choice(among=("train", "val", "test", "all")),
@@ -263,6 +264,7 @@ TABLES: Mapping[str, Mapping[str, Kind]] = {
         **_MANY_FOLDS,
         "n_folds": Count(low=3, high=10000),
         "nested": Switch(),
+        "marks": PathText(null=True, must_exist=True),
         "repeats": Count(low=1, high=1000),
         "n_resamples": Count(low=1, high=10**7),
     },

@@ -51,6 +51,8 @@ class MILModel(nn.Module):
     closed_form: bool = False
     """True where all is learned in ``learn_bags``, and the logits are made on slides held out in it, for classes of
     equal shares. Nothing is chosen on the validation slides then, and they are learned from as well."""
+    takes_marks: bool = False
+    """True where ``learn_bags`` learns from cells that somebody marked."""
     __jit_unused_properties__: ClassVar[list[str]] = ["config"]  # what TorchScript need not compile
 
     def __init__(self, in_features: int, n_outputs: int) -> None:
@@ -104,12 +106,19 @@ class MILModel(nn.Module):
         self.feature_std.copy_(std)
 
     @torch.jit.unused
-    def learn_bags(self, bags: Iterable[tuple[Tensor, Any]], patients: Sequence[str] | None = None) -> None:
+    def learn_bags(
+        self,
+        bags: Iterable[tuple[Tensor, Any]],
+        patients: Sequence[str] | None = None,
+        marked: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         """Learn from the training slides what needs no gradient, once before training; most methods: nothing.
 
         Args:
             bags: features (N, D), as the encoder made them, and label of each.
             patients: whose slide each is, for methods that hold slides out; None: each is of a patient of its own.
+            marked: of each, features (M, D) of its marked cells and their classes (M,) int64, for methods that
+                take them (``takes_marks``).
         """
 
     @torch.jit.unused

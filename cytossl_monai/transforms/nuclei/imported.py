@@ -20,7 +20,7 @@ from skimage.measure import label
 from cytossl_monai.utils.errors import InputError
 from cytossl_monai.utils.files import read_json
 
-__all__ = ["labels_from_geojson", "labels_from_map", "nuclei_from_geojson"]
+__all__ = ["classified_places", "labels_from_geojson", "labels_from_map", "nuclei_from_geojson"]
 
 _GEOMETRIES = frozenset(
     {"Polygon", "MultiPolygon", "GeometryCollection", "Point", "MultiPoint", "LineString", "MultiLineString"}
@@ -162,6 +162,33 @@ def nuclei_from_geojson(content: Any, name: str) -> tuple[list[NDArray[np.float6
         outlines += [rings[0] for rings in _polygons(geometry, name) if len(rings[0]) >= 3]
         points += list(_points(geometry, name))
     return outlines, np.concatenate(points) if points else np.zeros((0, 2))
+
+
+def classified_places(content: Any, name: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """Where the classified objects of a GeoJSON lie, as QuPath exports what was marked in it.
+
+    Args:
+        content: what the file holds.
+        name: what messages call it.
+
+    Yields:
+        The class, and (n, 2) x and y: points, and the middles of outlines (of the nucleus, where there is one). Objects
+        without a class are passed over.
+
+    Raises:
+        InputError: it is no GeoJSON, or a geometry in it is malformed.
+    """
+    for feature in _objects(content, name):
+        properties = feature.get("properties")
+        kind = properties.get("classification") if isinstance(properties, Mapping) else None
+        kind = kind.get("name") if isinstance(kind, Mapping) else kind
+        if not isinstance(kind, str) or not kind.strip():
+            continue
+        geometry = feature.get("nucleusGeometry") or feature.get("geometry")
+        middles = [(rings[0].min(axis=0) + rings[0].max(axis=0))[:2] / 2 for rings in _polygons(geometry, name)]
+        places = [*_points(geometry, name), *([np.array(middles)] if middles else [])]
+        if places:
+            yield kind.strip(), np.concatenate(places)
 
 
 def labels_from_geojson(

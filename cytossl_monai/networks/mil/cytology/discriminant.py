@@ -20,6 +20,8 @@ _FOLDS = 5
 _MOST_CELLS = 200_000  # of all training slides together: of 304 features 240 MB
 _SLOPE_SPREAD = 0.5
 _LEAST_SLOPE = 0.05
+_Shown = tuple[Tensor, Tensor] | None
+"""Marked cells of a slide (M, D) and their classes (M,)."""
 
 
 class CellDiscriminant(MILModel):
@@ -33,6 +35,9 @@ class CellDiscriminant(MILModel):
     2. Of each slide of the class, only the ``positive_share`` of its cells that lead are kept, and the direction is
        found anew, ``rounds`` times (after mi-SVM, Andrews et al., "Support Vector Machines for Multiple-Instance
        Learning", NeurIPS 2002). The cells of slides of the first class are known not to be lesions and all stay.
+
+    Where somebody marked cells of a class, self-training has nothing to guess: the direction is that of the mean of the
+    marked cells, each slide with marks counting alike.
 
     Slides of one label differ in stain and thickness, and of tens of slides the positive ones are always a little
     redder or bluer. The scatter of the means of slides of one label is therefore added to the covariance,
@@ -63,6 +68,7 @@ class CellDiscriminant(MILModel):
     """
 
     closed_form = True
+    takes_marks = True
 
     def __init__(
         self,
@@ -111,7 +117,12 @@ class CellDiscriminant(MILModel):
 
     @torch.jit.unused
     @torch.no_grad()
-    def learn_bags(self, bags: Iterable[tuple[Tensor, int]], patients: Sequence[str] | None = None) -> None:
+    def learn_bags(
+        self,
+        bags: Iterable[tuple[Tensor, int]],
+        patients: Sequence[str] | None = None,
+        marked: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         """Find the directions, and fit slopes and offsets on slides of patients that they were not learned from.
 
         The five parts are runs of patients in the order of the table, class by class.
@@ -120,11 +131,15 @@ class CellDiscriminant(MILModel):
             bags: features (N, D) and label of every training slide. At most 200,000 of their cells are learned
                 from, drawn alike from every slide, and in memory at once.
             patients: whose slide each is; None: each is of a patient of its own.
+            marked: of each, features (M, D) of its marked cells and their classes (M,); None: none are marked.
 
         Raises:
             ValueError: when a class has no training slide, and for labels of several classes.
         """
         cells, labels = self._draw(bags)
+        shown: list[_Shown] = [None] * len(cells)
+        if marked is not None:
+            shown = [(self.standardised(tiles), kinds) for tiles, kinds in marked]
         counts = np.bincount(labels, minlength=self.n_outputs)
         if len(counts) > self.n_outputs or counts.min() == 0:
             raise ValueError(
@@ -132,14 +147,16 @@ class CellDiscriminant(MILModel):
                 f"(target multiclass), got {counts.tolist()}"
             )
         part = _parts(labels, [str(i) for i in range(len(cells))] if patients is None else patients)
-        places, spread = self._held_out(cells, labels, part)
+        places, spread = self._held_out(cells, labels, part, shown)
         slope, offset = _fit_logits(places / spread, labels)
-        self._learn(cells, labels)
+        self._learn(cells, labels, shown)
         self.slope.copy_(torch.from_numpy(slope / spread[:, None]))
         self.offset.copy_(torch.from_numpy(offset))
 
     @torch.jit.unused
-    def _held_out(self, cells: Sequence[Tensor], labels: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _held_out(
+        self, cells: Sequence[Tensor], labels: np.ndarray, part: np.ndarray, shown: Sequence[_Shown]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Slides' places (n, K - 1) by directions of other parts, and how far the first class scatters (K - 1,).
 
         In deviations of the cells that were learned from: about 1 for many cells, far more where there are few for so
@@ -153,7 +170,8 @@ class CellDiscriminant(MILModel):
             seen, judged = part != fold, everyone[part == fold]
             if len(np.unique(labels[seen])) < self.n_outputs:  # all patients of a class are here: nothing to hold out
                 seen[:] = single = True
-            self._learn([cells[i] for i in everyone[seen]], labels[seen])
+            own = everyone[seen]
+            self._learn([cells[i] for i in own], labels[seen], [shown[i] for i in own])
             for i in judged:
                 at = (cells[i] @ self.directions - self.centres).double()
                 places[i] = masked_top_mean(at[None], full_mask(at[None]), self.top_share)[0]
@@ -182,16 +200,18 @@ class CellDiscriminant(MILModel):
         return cells, np.array(labels, dtype=int)
 
     @torch.jit.unused
-    def _learn(self, cells: Sequence[Tensor], labels: np.ndarray) -> None:
-        """Directions and centres from the standardised cells of some slides."""
+    def _learn(self, cells: Sequence[Tensor], labels: np.ndarray, shown: Sequence[_Shown]) -> None:
+        """Directions and centres from the standardised cells of some slides, and those that are marked in them."""
         to_white = whitening(self._covariance(cells, labels), self.shrinkage).float()
         white = [tiles @ to_white for tiles in cells]
         others = [tiles for tiles, label in zip(white, labels, strict=True) if label == 0]
         rest = mean_of_slides(others)
         for k in range(self.n_outputs - 1):
             own = [tiles for tiles, label in zip(white, labels, strict=True) if label == k + 1]
-            direction = mean_of_slides(own) - rest
-            for _ in range(self.rounds):
+            told = [marks[0][marks[1] == k + 1] @ to_white for marks in shown if marks is not None]
+            told = [tiles for tiles in told if len(tiles)]
+            direction = mean_of_slides(told or own) - rest
+            for _ in range(0 if told else self.rounds):
                 kept = [tiles[(tiles @ direction).topk(self._leading(tiles)).indices] for tiles in own]
                 direction = mean_of_slides(kept) - rest
             places = torch.cat([tiles @ direction for tiles in others])

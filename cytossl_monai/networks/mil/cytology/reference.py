@@ -74,13 +74,19 @@ class ReferenceBank(OneClassMIL):
 
     @torch.jit.unused
     @torch.no_grad()
-    def learn_bags(self, bags: Iterable[tuple[Tensor, int]], patients: Sequence[str] | None = None) -> None:
+    def learn_bags(
+        self,
+        bags: Iterable[tuple[Tensor, int]],
+        patients: Sequence[str] | None = None,
+        marked: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         """Fill the bank, whiten, and standardise the scores by the negative training slides.
 
         Args:
             bags: features (N, D) and label of every training slide; label 0 is negative. The features of all negative
                 slides are in memory at once.
             patients: not looked at: no slide is held out.
+            marked: not looked at.
 
         Raises:
             ValueError: when fewer than two slides are negative: none could be judged by another's cells; when a slide

@@ -208,9 +208,9 @@ def test_no_slide_is_judged_by_what_learned_from_its_patient(monkeypatch: pytest
     model = CellDiscriminant(8)  # which has no standardisation yet: the features stay as they are
     learn = model._learn
 
-    def watched(cells: list[torch.Tensor], labels: np.ndarray) -> None:
+    def watched(cells: list[torch.Tensor], labels: np.ndarray, shown: list[None]) -> None:
         learned.append({names[float(tiles[0, 0])] for tiles in cells})
-        learn(cells, labels)
+        learn(cells, labels, shown)
 
     monkeypatch.setattr(model, "_learn", watched)
     model.learn_bags(bags, patients)

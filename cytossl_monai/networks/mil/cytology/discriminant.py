@@ -36,8 +36,9 @@ class CellDiscriminant(MILModel):
        found anew, ``rounds`` times (after mi-SVM, Andrews et al., "Support Vector Machines for Multiple-Instance
        Learning", NeurIPS 2002). The cells of slides of the first class are known not to be lesions and all stay.
 
-    Where somebody marked cells of a class, self-training has nothing to guess: the direction is that of the mean of the
-    marked cells, each slide with marks counting alike.
+    Where somebody marked cells of a class, their mean (each slide with marks counting alike) takes the place of the
+    first direction, and half of every further one: few marks say where to look, the leading cells of all slides what
+    else is found there.
 
     Slides of one label differ in stain and thickness, and of tens of slides the positive ones are always a little
     redder or bluer. The scatter of the means of slides of one label is therefore added to the covariance,
@@ -210,10 +211,12 @@ class CellDiscriminant(MILModel):
             own = [tiles for tiles, label in zip(white, labels, strict=True) if label == k + 1]
             told = [marks[0][marks[1] == k + 1] @ to_white for marks in shown if marks is not None]
             told = [tiles for tiles in told if len(tiles)]
-            direction = mean_of_slides(told or own) - rest
-            for _ in range(0 if told else self.rounds):
+            direction = start = mean_of_slides(told or own) - rest
+            for _ in range(self.rounds):
                 kept = [tiles[(tiles @ direction).topk(self._leading(tiles)).indices] for tiles in own]
                 direction = mean_of_slides(kept) - rest
+                if told:
+                    direction = (direction + start) / 2
             places = torch.cat([tiles @ direction for tiles in others])
             spread = places.std(correction=0).clamp_min(1e-6)
             self.directions[:, k] = to_white @ direction / spread

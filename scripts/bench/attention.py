@@ -139,8 +139,8 @@ def _peak(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype, r
 def peak_memory(name: str, tokens: int, batch: int, device: str, dtype: torch.dtype) -> float:
     """Peak memory of one step above what was held before, in MiB.
 
-    CUDA counts it itself. On a CPU it is measured in a process of its own, which is forked, which is cheap; call it
-    before this process has computed anything.
+    CUDA counts it itself. On a CPU it is measured in a process forked for it, which is cheap; call it before this
+    process has computed anything.
     """
     if device == "cuda":
         module, x = _prepare(name, tokens, batch, device, dtype)

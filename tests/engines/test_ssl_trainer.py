@@ -204,6 +204,14 @@ def test_activation_checkpointing_counts_a_batch_once() -> None:
         torch.testing.assert_close(again[name], value, msg=name)
 
 
+def test_activation_checkpointing_of_batch_normalisation_can_be_compiled() -> None:
+    """``torch.compile`` refused the context that holds the running means, and so the whole step."""
+    encoder = Encoder(resnet10(width=8)).train()
+    checkpoint_blocks(encoder)
+    torch.compile(encoder, backend="aot_eager")(torch.rand(2, 3, 32, 32)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(precision: str) -> None:
     """Held to float32 in the first step; after many, two roundings are two runs, and what counts is that it learns."""

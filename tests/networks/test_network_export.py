@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cytossl_monai.networks.blocks.token_layout import TokenLayout, _compiled_grid_places
 from cytossl_monai.networks.nets.encoder import Encoder
 from cytossl_monai.networks.nets.sr_transformer import SRTransformer
 
@@ -47,6 +48,20 @@ def test_torch_export_and_onnx(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     np.testing.assert_allclose(got, wanted.detach().numpy(), atol=1e-4)
+
+
+def test_an_exported_program_needs_nothing_of_this_package() -> None:
+    """PyTorch's older way of exporting looks like its compiler, for which places come from an operator of ours."""
+    exported = torch.export.export(encoder(32, "none"), (torch.rand(2, 3, 32, 32),), strict=True)
+    assert "cytossl" not in exported.graph_module.code
+
+
+def test_places_for_the_compiler_are_those_of_the_grid() -> None:
+    """The compiler alone asks for them so, on a GPU."""
+    rows, cols = _compiled_grid_places(3, 4, torch.device("cpu"))
+    expected = TokenLayout(1, (3, 4), 0).rows_and_cols(torch.device("cpu"))
+    assert torch.equal(rows, expected[0])
+    assert torch.equal(cols, expected[1])
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -126,15 +126,16 @@ def _statistics_held(norms: list[_BatchNorm]) -> Iterator[None]:
 def _recomputed(block: nn.Module) -> Callable[..., Any]:
     function = block.forward
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    # What is computed twice would be counted twice by running means. ``torch.compile`` takes no such contexts: where
-    # there is nothing to hold it need not.
-    holding: dict[str, Any] = {}
+    # What is computed twice would be counted twice by running means.
+    held: dict[str, Any] = {}
     if norms:
-        holding["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_held(norms))
+        held["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_held(norms))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        # ``torch.compile`` refuses such contexts: there, running means do count a batch twice.
+        holding = {} if torch.compiler.is_compiling() else held
         return checkpoint(function, *args, use_reentrant=False, **holding, **kwargs)
 
     return run

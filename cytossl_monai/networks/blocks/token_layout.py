@@ -79,7 +79,8 @@ class TokenLayout:
         """Grid rows and columns of the patches: each (N,) for the full grid, else of the shape of `positions`."""
         width = self.grid[1]
         if self.positions is None:
-            if torch.compiler.is_dynamo_compiling():  # not where a program is exported
+            # On a GPU alone: what is exported on a CPU is to need nothing of this package to be loaded.
+            if torch.compiler.is_dynamo_compiling() and device.type == "cuda":
                 rows, cols = _compiled_grid_places(*self.grid, device).unbind()
                 return rows, cols
             flat = torch.arange(self.grid[0] * width, device=device)

@@ -74,7 +74,8 @@ def flex_pays(query: Tensor, irpe: IRPE | None, dropout: float) -> bool:
     """Whether FlexAttention can do what is asked, on this machine.
 
     It takes CUDA with Triton, 16 bits a number (of 32 its blocks outgrow an H100's shared memory), no dropout and
-    nothing on values. Where its kernels cannot be built, a warning says so, and the tiles do it.
+    nothing on values. Where its kernels cannot be built, a warning says so, and the tiles do it; within
+    ``torch.compile`` that is not tried.
 
     The environment variable ``CYTOSSL_FLEX_ATTENTION=0`` switches it off.
     """
@@ -100,10 +101,11 @@ def _kernels(device: int | None) -> bool:
 def _can_be_built(device: torch.device, dtype: torch.dtype, heads: int, width: int, config: RPEConfig | None) -> bool:
     """Build the kernels, forward and backward, for a small image; whether a GPU and a PyTorch take them is not known
     before, and a training is not to end over it."""
-    irpe = None if config is None else IRPE(config, width, heads).to(device)
-    tokens = torch.ones(1 + 32 * 32, heads, width, device=device, dtype=dtype, requires_grad=True)
     try:
-        with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        # Also where the first image is only encoded: `inference_mode` would leave nothing to go backward through.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            irpe = None if config is None else IRPE(config, width, heads).to(device)
+            tokens = torch.ones(1 + 32 * 32, heads, width, device=device, dtype=dtype, requires_grad=True)
             out = flex_routed_attention(tokens, tokens, tokens, TokenLayout(1, (32, 32), 1), irpe, 3, 16)
             out.float().sum().backward()
     except RuntimeError as error:

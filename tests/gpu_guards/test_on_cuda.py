@@ -64,7 +64,7 @@ def test_steps_are_the_cpus_and_wait_for_what_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("ncp", ["published", "default"])
 def test_views_are_the_cpus(ncp: str) -> None:
-    """Where they are cut to the bit; pixels within three grey levels, but where a threshold fell to the other side."""
+    """Pixels within three grey levels, but for one in a hundred, where a threshold fell to the other side."""
     views = ViewGenerator(32, 16, n_local=1, ncp=BatchedNCP(ncp))
     mpp = torch.full((4,), 0.5)
     here = views(tiles(), mpp, generator=torch.Generator().manual_seed(0))

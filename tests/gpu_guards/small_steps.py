@@ -34,6 +34,18 @@ def method_of(name: str) -> SSLMethod:
     return make(Encoder(network), **arguments).train()
 
 
+def take_step(
+    method: SSLMethod, views: dict[str, list[Tensor]], optimizer: torch.optim.Optimizer, call: Any = None
+) -> Tensor:
+    """Forward by ``call`` (the method itself, or what it was compiled to), backward, optimiser, update; the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss: Tensor = (method if call is None else call)(views)["loss"]
+    loss.backward()
+    optimizer.step()
+    method.update(0.1)
+    return loss.detach()
+
+
 def views_of(name: str, seed: int = 0) -> dict[str, list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return {"global": [torch.rand(4, 3, 32, 32, generator=generator) for _ in range(1 if name == "mae" else 2)]}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pretend_device import DEVICE, DeviceGenerator, OnDevice, PretendDevice, move
-from small_steps import ALLOWED, METHODS, method_of, tiles, views_of
+from small_steps import ALLOWED, METHODS, method_of, take_step, tiles, views_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,12 +52,7 @@ def losses_of(method: SSLMethod, views: dict[str, list[Tensor]], counter: Preten
         if counter is not None:
             counter.waits.clear()
             counter.copies.clear()
-        optimizer.zero_grad(set_to_none=True)
-        loss = method(views)["loss"]
-        loss.backward()
-        optimizer.step()
-        method.update(0.1)
-        losses.append(loss.detach())
+        losses.append(take_step(method, views, optimizer))
     return [float(loss.inner) if isinstance(loss, OnDevice) else float(loss) for loss in losses]
 
 

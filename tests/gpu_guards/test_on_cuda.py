@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_steps import ALLOWED, METHODS, method_of, tiles, views_of
+from small_steps import ALLOWED, METHODS, method_of, take_step, tiles, views_of
 
 from cytossl_monai.data.tiles.loader import tile_loader
 from cytossl_monai.engines import build_optimizer
@@ -47,15 +47,10 @@ def test_steps_are_the_cpus_and_wait_for_what_is_named(name: str) -> None:
                 if device == "cuda" and step == 2:  # some things are made once, at the first
                     torch.cuda.set_sync_debug_mode("warn")
                 try:
-                    optimizer.zero_grad(set_to_none=True)
-                    loss = method(views)["loss"]
-                    loss.backward()
-                    optimizer.step()
-                    method.update(0.1)
+                    found.append(take_step(method, views, optimizer))
                 finally:
                     if device == "cuda":
                         torch.cuda.set_sync_debug_mode("default")
-            found.append(loss.detach())
         waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
         assert len(waits) <= sum(ALLOWED.get(name, {}).values()), waits
         losses[device] = [float(loss) for loss in found]
@@ -102,12 +97,7 @@ def test_a_recorded_graph_gives_the_same_losses(name: str) -> None:
         optimizer, found = build_optimizer(method, "adamw", lr=1e-3), []
         for _ in range(5):
             torch.compiler.cudagraph_mark_step_begin()
-            optimizer.zero_grad(set_to_none=True)
-            loss = call(views)["loss"]
-            loss.backward()
-            optimizer.step()
-            method.update(0.1)
-            found.append(float(loss.detach()))
+            found.append(float(take_step(method, views, optimizer, call)))
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 

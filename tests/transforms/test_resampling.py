@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from cut_views import cut_views
 
 from cytossl_monai.transforms.kernels.resampling import double, halve
-from cytossl_monai.transforms.views.boxes import cut_views, draw_boxes
+from cytossl_monai.transforms.views.boxes import draw_boxes
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 9), (1, 1), (2, 1), (1, 5)])

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from cut_views import cut_views
 
 from cytossl_monai.transforms.kernels.rgb import RGBJitter, jitter_rgb, turn_hue
-from cytossl_monai.transforms.views.boxes import NUMBERS, cut_views, draw_boxes
+from cytossl_monai.transforms.views.boxes import NUMBERS, draw_boxes
 from cytossl_monai.transforms.views.generator import ViewGenerator
 
 

@@ -58,32 +58,20 @@ def with_marks(items: Sequence[dict[str, Any]], marks: str | os.PathLike[str] | 
     known = {item["slide_id"]: item for item in items}
     found = _by_slide(source, known)
     classes = [str(name) for name in items[0]["classes"]]
-    number = {name.casefold(): k for k, name in enumerate(classes)}
-    strangers = sorted({name for rows in found.values() for _, name, _, _ in rows if name.casefold() not in number})
-    if not any(number.get(name.casefold(), 0) for rows in found.values() for _, name, _, _ in rows):
-        raise InputError(
-            f"marks {source}: no object is classified as {' or '.join(classes[1:])} "
-            f"(found: {', '.join(strangers[:5]) or 'none that is classified'}); give marked cells the name of their "
-            "slide's class"
-        )
-    if strangers:
-        logger.warning("marks of %s are left out: the slides' classes are %s", ", ".join(strangers), ", ".join(classes))
     lost, total = [], 0
-    for slide_id, rows in found.items():
+    for slide_id, own in _of_classes(found, classes, source).items():
         item = known[slide_id]
-        own = [(where, number.get(name.casefold(), 0), x, y) for where, name, x, y in rows]
-        own = [mark for mark in own if mark[1] > 0]
-        if own and item["label"] == 0:
+        where, number = own[0][:2]
+        if item["label"] == 0:
             raise TableError(
-                f"slide {slide_id} is {item['label_name']}, but a cell in it is marked {classes[own[0][1]]} "
-                f"({own[0][0]}); correct one of the two"
+                f"slide {slide_id} is {item['label_name']}, but a cell in it is marked {classes[number]} "
+                f"({where}); correct one of the two"
             )
-        if own:
-            at = _rows(item["features"], np.array([mark[2:] for mark in own], dtype=np.float64), own[0][0])
-            pairs = {(int(row), mark[1]) for row, mark in zip(at, own, strict=True) if row >= 0}
-            item["marks"] = [list(pair) for pair in sorted(pairs)]
-            lost += [slide_id] * int((at < 0).sum())
-            total += len(own)
+        at = _rows(item["features"], np.array([mark[2:] for mark in own], dtype=np.float64), where)
+        pairs = {(int(row), mark[1]) for row, mark in zip(at, own, strict=True) if row >= 0}
+        item["marks"] = [list(pair) for pair in sorted(pairs)]
+        lost += [slide_id] * int((at < 0).sum())
+        total += len(own)
     if lost and len(lost) == total:
         raise FeatureError(
             f"marks {source}: none of the {total} lies on a cell or tile that was embedded; places must be pixels of "
@@ -118,6 +106,32 @@ def _by_slide(source: Path, known: dict[str, Any]) -> dict[str, list[Mark]]:
     if unknown:
         logger.warning("marks of slides that are not in the training are left out: %s", ", ".join(sorted(unknown)))
     return marks
+
+
+def _of_classes(
+    found: dict[str, list[Mark]], classes: Sequence[str], source: Path
+) -> dict[str, list[tuple[str, int, float, float]]]:
+    """The marks of each slide that are of a class but the first, by its number; other names are told."""
+    number = {name.casefold(): k for k, name in enumerate(classes)}
+    numbered: dict[str, list[tuple[str, int, float, float]]] = {}
+    strangers: set[str] = set()
+    for slide_id, rows in found.items():
+        for where, name, x, y in rows:
+            kind = number.get(name.casefold())
+            if kind is None:
+                strangers.add(name)
+            elif kind:
+                numbered.setdefault(slide_id, []).append((where, kind, x, y))
+    if not numbered:
+        raise InputError(
+            f"marks {source}: no object is classified as {' or '.join(classes[1:])} "
+            f"(found: {', '.join(sorted(strangers)[:5]) or 'none that is classified'}); give marked cells the name of "
+            "their slide's class"
+        )
+    if strangers:
+        others, known = ", ".join(sorted(strangers)), ", ".join(classes)
+        logger.warning("marks of %s are left out: the slides' classes are %s", others, known)
+    return numbered
 
 
 def _folder(folder: Path) -> Iterator[tuple[str, Mark]]:

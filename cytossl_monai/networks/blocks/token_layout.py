@@ -14,6 +14,11 @@ __all__ = ["TokenLayout"]
 T = TypeVar("T")
 
 
+def _rows_and_cols(flat: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Grid row and column of flat grid positions."""
+    return torch.div(flat, width, rounding_mode="floor"), flat % width
+
+
 @torch.library.custom_op("cytossl::grid_places", mutates_args=())
 def _compiled_grid_places(rows: int, cols: int, device: torch.device) -> Tensor:
     """Grid row and column of the patches, (2, rows * cols) int64, as a step that ``torch.compile`` does not look into.
@@ -21,8 +26,7 @@ def _compiled_grid_places(rows: int, cols: int, device: torch.device) -> Tensor:
     Where it does, it works out buckets of pairs as formulas of their places, and its CUDA backend (PyTorch 2.11) fails
     over those of a prefix token: "The argument '-((((-1))//14)) + ((((0))//14))' is not comparable".
     """
-    flat = torch.arange(rows * cols, device=device)
-    return torch.stack([torch.div(flat, cols, rounding_mode="floor"), flat % cols])
+    return torch.stack(_rows_and_cols(torch.arange(rows * cols, device=device), cols))
 
 
 @_compiled_grid_places.register_fake
@@ -77,16 +81,14 @@ class TokenLayout:
 
     def rows_and_cols(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Grid rows and columns of the patches: each (N,) for the full grid, else of the shape of `positions`."""
-        width = self.grid[1]
-        if self.positions is None:
-            # On a GPU alone: what is exported on a CPU is to need nothing of this package to be loaded.
-            if torch.compiler.is_dynamo_compiling() and device.type == "cuda":
-                rows, cols = _compiled_grid_places(*self.grid, device).unbind()
-                return rows, cols
-            flat = torch.arange(self.grid[0] * width, device=device)
-        else:
-            flat = self.positions
-        return torch.div(flat, width, rounding_mode="floor"), flat % width
+        height, width = self.grid
+        if self.positions is not None:
+            return _rows_and_cols(self.positions, width)
+        # On a GPU alone: what is exported on a CPU is to need nothing of this package to be loaded.
+        if torch.compiler.is_dynamo_compiling() and device.type == "cuda":
+            rows, cols = _compiled_grid_places(height, width, device).unbind()
+            return rows, cols
+        return _rows_and_cols(torch.arange(height * width, device=device), width)
 
     def offsets(self) -> list[int]:
         """First row of each image's sequence among packed tokens, and the total: B + 1 numbers."""

@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from cytossl_monai.networks.blocks.attention.routed import attend_prefix, select_salient, sequences, take_rows
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
+from cytossl_monai.utils.errors import first_line
 
 __all__ = ["flex_pays", "flex_routed_attention"]
 
@@ -109,9 +110,9 @@ def _can_be_built(device: torch.device, dtype: torch.dtype, heads: int, width: i
             out = flex_routed_attention(tokens, tokens, tokens, TokenLayout(1, (32, 32), 1), irpe, 3, 16)
             out.float().sum().backward()
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         logger.warning(
-            "FlexAttention cannot be built here (%s): routed attention takes its tiles, which are slower", reason
+            "FlexAttention cannot be built here (%s): routed attention takes its tiles, which are slower",
+            first_line(error),
         )
         return False
     return True

@@ -1,0 +1,238 @@
+"""Routed attention on CUDA by kernels of our own: tiles of 8 x 8 queries with their halo, as `routed_attention` has
+them, in one fused kernel that keeps neither keys of tiles nor masks nor terms of pairs in memory.
+
+At a window of three and 32 salient patches a tile visits 229 keys, of which a query may see 82. iRPE's products of
+queries (or keys) with the encodings of the buckets are plain matrix products, which the kernels look up. No GPU has
+been seen to run them yet: they are off unless ``CYTOSSL_TRITON_ATTENTION=1``, and are then tried on a small image first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cytossl_monai.networks.blocks.attention.reference import salient_positions
+from cytossl_monai.networks.blocks.attention.routed import TILE, routed_attention, select_salient, sequences
+from cytossl_monai.networks.blocks.attention.tiled_ops import class_scores, routed_tiles
+from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
+from cytossl_monai.networks.blocks.token_layout import TokenLayout
+from cytossl_monai.utils.errors import first_line
+
+__all__ = ["tiled_pays", "tiled_routed_attention"]
+
+# How far the kernels, in 16 bits, may be from the tiles in float32: distance of a result over its length.
+TOLERANCE = 0.03
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TiledPlan:
+    """Index tables of one forward pass, int32; -1 marks a place without a token.
+
+    Attributes:
+        canvas: (B, H + 2 window, W + 2 window) rows of the patches in their places; H and W divide by the tile's side.
+        sequence_rows: (B, L) rows of each image's tokens, prefix first.
+        place: (R,) ``grid row << 16 | grid column`` of a patch, -1 of the first prefix token, -2 of others.
+    """
+
+    canvas: Tensor
+    sequence_rows: Tensor
+    place: Tensor
+
+
+def make_plan(layout: TokenLayout, window: int, device: torch.device) -> TiledPlan:
+    """Index tables; nothing in it waits for the device."""
+    batch, prefix = layout.batch, layout.num_prefix
+    grid_row, grid_col = layout.rows_and_cols(device)
+    if layout.counts is None:
+        length = prefix + layout.num_patches
+        rows = torch.arange(batch * length, device=device).view(batch, length)
+        patch_rows, image = rows[:, prefix:], torch.arange(batch, device=device).unsqueeze(1)
+        mask = layout.key_mask()
+    else:
+        # From numbers that the host has: made there and copied, which the device need not be waited for.
+        rows, mask = sequences(layout, torch.device("cpu"))
+        counts = torch.tensor(layout.counts)
+        image = torch.repeat_interleave(torch.arange(batch), counts)
+        patch_rows = torch.arange(len(image)) + (image + 1) * prefix
+        rows, mask, image, patch_rows = (
+            table if table is None else table.to(device, non_blocking=True)
+            for table in (rows, mask, image, patch_rows)
+        )
+    sequence_rows = rows if mask is None else torch.where(mask, rows, -1)
+
+    down, across = (-(-length // TILE) * TILE + 2 * window for length in layout.grid)
+    at = (image * down + grid_row + window) * across + grid_col + window
+    if layout.valid is not None:  # what takes no part, and may lie anywhere, goes into a cell beside the canvas
+        at = torch.where(layout.valid, at, batch * down * across)
+    canvas = torch.full((batch * down * across + 1,), -1, dtype=torch.int32, device=device)
+    patch_rows = patch_rows.expand(at.shape).reshape(-1)
+    canvas = canvas.index_copy(0, at.reshape(-1), patch_rows.int())[:-1].view(batch, down, across)
+
+    total = rows.numel() if layout.counts is None else layout.offsets()[-1]
+    place = torch.full((total,), -2, dtype=torch.int32, device=device)
+    if prefix:
+        place = place.index_fill(0, rows[:, 0], -1)
+    own = (grid_row << 16 | grid_col).int().expand(at.shape).reshape(-1)
+    place = place.index_copy(0, patch_rows, own)
+    return TiledPlan(canvas, sequence_rows.int().contiguous(), place)
+
+
+def tiled_routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    irpe: IRPE | None,
+    window: int,
+    num_salient: int,
+) -> Tensor:
+    """As `routed_attention`, without dropout and without an encoding on the values.
+
+    Args:
+        query: (R, h, d) queries of all tokens of the batch, batched (R = B * L) or packed; not scaled; d a power of
+            two, at least 16; slices of a tensor of all three are taken as they lie.
+        key: (R, h, d).
+        value: (R, h, d).
+        layout: places of the tokens.
+        irpe: relative position encoding on queries or keys, or None.
+        window: w.
+        num_salient: m.
+
+    Returns:
+        (R, h, d); zero for patches that take no part.
+    """
+    device, prefix = query.device, layout.num_prefix
+    plan = layout.remember(("tiled", window), lambda: make_plan(layout, window, device))
+    tables = RPETables() if irpe is None else irpe.tables()
+    by_query, by_key = products(query, key, tables)
+    buckets, first_bucket, other_bucket = None, 0, 0
+    if irpe is not None and (by_query is not None or by_key is not None):
+        buckets = layout.remember(("tiled buckets", irpe.config), lambda: irpe.bucket_of_offset.int())
+        other_bucket = irpe.register_bucket
+        first_bucket = irpe.class_bucket if irpe.has_class_token else irpe.register_bucket
+        highest = max([first_bucket, other_bucket][: min(prefix, 2)], default=0)
+        if highest >= irpe.num_buckets:  # a kernel would read beyond the products
+            raise ValueError(f"{prefix} prefix tokens need a bucket that an IRPE of {irpe.num_buckets} does not have.")
+    out: Tensor = routed_tiles(
+        query,
+        key,
+        value,
+        by_query,
+        by_key,
+        extra_rows(query, key, layout, plan, num_salient),
+        plan.canvas,
+        plan.sequence_rows,
+        plan.place,
+        buckets,
+        window,
+        prefix,
+        first_bucket,
+        other_bucket,
+        layout.valid is not None,
+    )[0]
+    return out
+
+
+def products(query: Tensor, key: Tensor, tables: RPETables) -> tuple[Tensor | None, Tensor | None]:
+    """What iRPE adds at [query, bucket] and at [key, bucket]: each (h, R, buckets), or None."""
+    scale, (rows, heads) = query.shape[-1] ** -0.5, query.shape[:2]
+    by_query, by_key = None, None
+    if tables.bias is not None:
+        by_query = tables.bias.unsqueeze(1).expand(heads, rows, -1)
+    if tables.key is not None:
+        by_query = query.transpose(0, 1) @ (tables.key * scale).to(query.dtype).transpose(-2, -1)
+    if tables.query is not None:
+        by_key = key.transpose(0, 1) @ (tables.query * scale).to(key.dtype).transpose(-2, -1)
+    return by_query, by_key
+
+
+def extra_rows(query: Tensor, key: Tensor, layout: TokenLayout, plan: TiledPlan, num_salient: int) -> Tensor:
+    """(B, P + m) int32 rows of the prefix tokens and of the salient patches, -1 where an image has fewer patches."""
+    prefix = layout.num_prefix
+    if not (layout.has_class_token and prefix):
+        rows, mask = layout.remember("sequences", lambda: sequences(layout, query.device))
+        salient, real = select_salient(query, key, layout, rows, mask, num_salient)
+        return torch.cat([plan.sequence_rows[:, :prefix], torch.where(real, salient, -1).int()], dim=1)
+    scores = class_scores(query.detach(), key.detach(), plan.sequence_rows, prefix)
+    mean = scores.softmax(dim=-1).mean(dim=1)
+    if layout.counts is not None or layout.valid is not None:
+        mean = mean.masked_fill(plan.sequence_rows[:, prefix:] < 0, float("-inf"))
+    salient = plan.sequence_rows.gather(1, salient_positions(mean, num_salient) + prefix)
+    return torch.cat([plan.sequence_rows[:, :prefix], salient], dim=1)
+
+
+def tiled_pays(query: Tensor, irpe: IRPE | None, window: int, dropout: float) -> bool:
+    """Whether the kernels are wanted and can do what is asked, on this machine.
+
+    They are wanted where the environment variable ``CYTOSSL_TRITON_ATTENTION`` is 1. They take CUDA (capability 8.0 or
+    higher) with Triton, 16 bits a number, heads of 16 to 128 numbers (a power of two), no dropout and nothing on
+    values. The first time they are tried on a small image against `routed_attention`; where they cannot be built, or
+    their results or gradients differ, a warning says so and other paths are taken. Within ``torch.compile`` that is
+    not tried.
+    """
+    if os.environ.get("CYTOSSL_TRITON_ATTENTION") != "1" or not query.is_cuda:
+        return False
+    width = query.shape[-1]
+    fits = query.dtype in (torch.bfloat16, torch.float16) and width in (16, 32, 64, 128)
+    on_values = irpe is not None and irpe.value_table is not None
+    if dropout != 0 or on_values or not fits or not _has_triton(query.device.index):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    config = None if irpe is None else irpe.config
+    return _agrees(query.device, query.dtype, query.shape[-2], width, config, window)
+
+
+@lru_cache(maxsize=16)
+def _has_triton(device: int | None) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache(maxsize=64)
+def _agrees(
+    device: torch.device, dtype: torch.dtype, heads: int, width: int, config: RPEConfig | None, window: int
+) -> bool:
+    """Try the kernels, forward and backward, on two images with holes, against the tiles in float32."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            difference = _difference(device, dtype, heads, width, config, window)
+    except Exception as error:  # noqa: BLE001 - Triton's compilers raise errors of many kinds; a training must not end
+        reason = first_line(error)
+    else:
+        if difference <= TOLERANCE:
+            return True
+        reason = f"results are off by {100 * difference:.0f} %"
+    logger.warning("the kernels of CYTOSSL_TRITON_ATTENTION cannot be used here (%s): other paths are taken", reason)
+    return False
+
+
+def _difference(
+    device: torch.device, dtype: torch.dtype, heads: int, width: int, config: RPEConfig | None, window: int
+) -> float:
+    """Largest distance of outputs and gradients from those of the tiles in float32, as a share of their length."""
+    grid, prefix, salient = (20, 28), 2, 16
+    random = torch.Generator(device).manual_seed(0)
+    tokens = 2 * (prefix + grid[0] * grid[1])
+    qkv = torch.randn(tokens, 3, heads, width, device=device, generator=random).to(dtype)
+    # Queries of one size for the class token: rounding then cannot change which patches are salient.
+    qkv[:: tokens // 2, 0] = qkv[:: tokens // 2, 0].sign()
+    weight = torch.randn(tokens, heads, width, device=device, generator=random)
+    valid = torch.rand(2, grid[0] * grid[1], device=device, generator=random) > 0.2
+    irpe = None if config is None else IRPE(config, width, heads, has_registers=True).to(device)
+    parameters = [] if irpe is None else list(irpe.parameters())
+    for table in parameters:
+        torch.nn.init.normal_(table, std=0.3, generator=random)
+    results = []
+    for attention, number in ((tiled_routed_attention, dtype), (routed_attention, torch.float32)):
+        given = qkv.to(number, copy=True).requires_grad_()
+        out = attention(*given.unbind(1), TokenLayout(2, grid, prefix, valid=valid), irpe, window, salient)
+        results.append([out.detach(), *torch.autograd.grad((out.float() * weight).sum(), [given, *parameters])])
+    return max(float((got.float() - true).norm() / true.norm()) for got, true in zip(*results))

@@ -20,7 +20,7 @@ from cytossl_monai.networks.blocks.attention.tiled_kernels import (
     listed_rows,
     places,
     prefix_bucket,
-    product_at,
+    products_of,
     scores,
     seen_from_tile,
     slot_rows,
@@ -93,8 +93,8 @@ def backward_queries(
         _, of_score = of_scores(score, seen, lse[:, None], tl.dot(of_out, tl.trans(value)), delta[:, None])
         of_query += tl.dot(of_score.to(key.dtype), key)
         if BY_QUERY:
-            at = product_at(q_row[:, None], head, bucket, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(of_by_query_ptr + at, of_score, mask=seen, sem="relaxed")
+            mine = products_of(of_by_query_ptr, q_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
+            tl.atomic_add(mine + bucket, of_score, mask=seen, sem="relaxed")
     store_vectors(of_q_ptr, q_row, head, heads, of_query * scale, WIDTH)
 
 
@@ -132,13 +132,13 @@ def backward_prefix(
         of_query += tl.dot(of_score.to(key.dtype), key)
         if BY_QUERY:
             of_patches += tl.sum(tl.where((k_place >= 0)[None, :], of_score, 0.0), 1)
-            at = product_at(q_row[:, None], head, bucket, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(of_by_query_ptr + at, of_score, mask=seen & (k_place < 0)[None, :], sem="relaxed")
+            mine = products_of(of_by_query_ptr, q_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
+            tl.atomic_add(mine + bucket, of_score, mask=seen & (k_place < 0)[None, :], sem="relaxed")
     store_vectors(of_q_ptr, q_row, head, heads, of_query * scale, WIDTH)
     if BY_QUERY:
         own = prefix_bucket(q_place, first_bucket, other_bucket)
-        at = product_at(q_row, head, own, buckets, rows.to(tl.int64) * buckets)
-        tl.atomic_add(of_by_query_ptr + at, of_patches, mask=q_row >= 0, sem="relaxed")
+        mine = products_of(of_by_query_ptr, q_row, head, buckets, rows.to(tl.int64) * buckets)
+        tl.atomic_add(mine + own, of_patches, mask=q_row >= 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -186,8 +186,8 @@ def backward_keys(
         of_value += tl.dot(weight.to(of_out.dtype), of_out)
         of_key += tl.dot(of_score.to(query.dtype), query)
         if BY_KEY:
-            at = product_at(k_row[:, None], head, bucket, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(of_by_key_ptr + at, of_score, mask=seen, sem="relaxed")
+            mine = products_of(of_by_key_ptr, k_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
+            tl.atomic_add(mine + bucket, of_score, mask=seen, sem="relaxed")
     store_vectors(of_k_ptr, k_row, head, heads, of_key * scale, WIDTH)
     store_vectors(of_v_ptr, k_row, head, heads, of_value, WIDTH)
 
@@ -238,16 +238,16 @@ def backward_extras(
         if BY_KEY:
             one_bucket = (k_place < 0)[:, None] & (q_place >= 0)[None, :]
             of_patches += tl.sum(tl.where(one_bucket, of_score, 0.0), 1)
-            at = product_at(k_row[:, None], head, bucket, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(of_by_key_ptr + at, of_score, mask=seen & ~one_bucket, sem="relaxed")
+            mine = products_of(of_by_key_ptr, k_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
+            tl.atomic_add(mine + bucket, of_score, mask=seen & ~one_bucket, sem="relaxed")
     at = (((image * parts + part).to(tl.int64) * extras + number)[:, None] * heads + head) * WIDTH
     at += tl.arange(0, WIDTH)[None, :]
     tl.store(part_k_ptr + at, of_key * scale, mask=(number < extras)[:, None])
     tl.store(part_v_ptr + at, of_value, mask=(number < extras)[:, None])
     if BY_KEY:
         own = prefix_bucket(k_place, first_bucket, other_bucket)
-        at = product_at(k_row, head, own, buckets, rows.to(tl.int64) * buckets)
-        tl.atomic_add(of_by_key_ptr + at, of_patches, mask=(k_row >= 0) & (own != NO_BUCKET), sem="relaxed")
+        mine = products_of(of_by_key_ptr, k_row, head, buckets, rows.to(tl.int64) * buckets)
+        tl.atomic_add(mine + own, of_patches, mask=(k_row >= 0) & (own != NO_BUCKET), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["extras", "parts"])

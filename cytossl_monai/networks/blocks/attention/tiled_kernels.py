@@ -7,7 +7,7 @@ the row -1. What is open, and which bucket a pair falls in, follows from where t
 
 ``place`` tells where a token lies: ``row << 16 | column`` of a patch, -1 of the first prefix token, -2 of others.
 Arguments that end in ``_ptr`` are tensors, those in capitals are built into the kernel; scores and log-sum-exps are in
-powers of two. Triton has no types for arguments, so they are told in `cytossl_monai.networks.blocks.attention.tiled_ops`.
+powers of two. What shapes the tensors have is told in `cytossl_monai.networks.blocks.attention.tiled_ops`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE = tl.constexpr(8)
+from cytossl_monai.networks.blocks.attention import routed
+
+TILE = tl.constexpr(routed.TILE)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A finite start of the running maximum: a chunk without an open key must not give inf - inf.
 LOWEST = tl.constexpr(-1.0e30)
@@ -84,9 +86,9 @@ def pair_buckets(q_place, k_place, seen, bucket_ptr, reach, first_bucket, other_
 
 
 @triton.jit
-def product_at(row, head, bucket, stride_row, stride_head):
-    """Where the product of a token with a bucket's encoding lies in (heads, rows, buckets)."""
-    return row.to(tl.int64) * stride_row + head * stride_head + bucket
+def products_of(ptr, row, head, stride_row, stride_head):
+    """Where a token's products with the encodings of all buckets begin, in (heads, rows, buckets)."""
+    return ptr + row.to(tl.int64) * stride_row + head * stride_head
 
 
 @triton.jit
@@ -105,11 +107,11 @@ def scores(
     if BY_QUERY or BY_KEY:
         bucket = pair_buckets(q_place, k_place, seen, bucket_ptr, reach, first_bucket, other_bucket)
     if BY_QUERY:
-        at = product_at(q_row, head, bucket, by_query_row, by_query_head)
-        score += tl.load(by_query_ptr + at, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+        own = products_of(by_query_ptr, q_row, head, by_query_row, by_query_head)
+        score += tl.load(own + bucket, mask=seen, other=0.0).to(tl.float32) * LOG2_E
     if BY_KEY:
-        at = product_at(k_row, head, bucket, by_key_row, by_key_head)
-        score += tl.load(by_key_ptr + at, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+        own = products_of(by_key_ptr, k_row, head, by_key_row, by_key_head)
+        score += tl.load(own + bucket, mask=seen, other=0.0).to(tl.float32) * LOG2_E
     return score, bucket
 
 

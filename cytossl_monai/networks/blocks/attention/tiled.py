@@ -142,14 +142,17 @@ def tiled_routed_attention(
 
 def products(query: Tensor, key: Tensor, tables: RPETables) -> tuple[Tensor | None, Tensor | None]:
     """What iRPE adds at [query, bucket] and at [key, bucket]: each (h, R, buckets), or None."""
-    scale, (rows, heads) = query.shape[-1] ** -0.5, query.shape[:2]
-    by_query, by_key = None, None
+    (rows, heads), scale = query.shape[:2], query.shape[-1] ** -0.5
+
+    def with_all(vectors: Tensor, table: Tensor) -> Tensor:
+        # One product a head: vectors need not be copied together, wherever they lie.
+        encodings = (table * scale).to(vectors.dtype).expand(heads, -1, -1)
+        return torch.bmm(vectors.transpose(0, 1), encodings.transpose(1, 2))
+
+    by_query = None if tables.key is None else with_all(query, tables.key)
+    by_key = None if tables.query is None else with_all(key, tables.query)
     if tables.bias is not None:
         by_query = tables.bias.unsqueeze(1).expand(heads, rows, -1)
-    if tables.key is not None:
-        by_query = query.transpose(0, 1) @ (tables.key * scale).to(query.dtype).transpose(-2, -1)
-    if tables.query is not None:
-        by_key = key.transpose(0, 1) @ (tables.query * scale).to(key.dtype).transpose(-2, -1)
     return by_query, by_key
 
 

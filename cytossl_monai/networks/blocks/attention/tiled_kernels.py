@@ -88,7 +88,7 @@ def pair_buckets(q_place, k_place, seen, bucket_ptr, reach, first_bucket, other_
 @triton.jit
 def products_of(ptr, row, head, stride_row, stride_head):
     """Where a token's products with the encodings of all buckets begin, in (heads, rows, buckets)."""
-    return ptr + row.to(tl.int64) * stride_row + head * stride_head
+    return ptr + row.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
 
 
 @triton.jit

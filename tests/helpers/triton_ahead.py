@@ -2,7 +2,9 @@
 
     python tests/helpers/triton_ahead.py [width of a head] [sm_80 sm_90 ...]
 
-A process of its own: kernels that this process had imported for the interpreter could not be compiled.
+The operators start their kernels as on a GPU, forward and backward, with arguments of the same kinds. Triton builds
+each for the GPU that a stand-in for its driver names, and stops before it would run. A process of its own: kernels that
+were imported for the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
@@ -13,36 +15,42 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from cytossl_monai.networks.blocks.attention import tiled_backward, tiled_kernels
-from cytossl_monai.networks.blocks.attention.tiled_ops import LAUNCHES
+from cytossl_monai.networks.blocks.attention.tiled import tiled_routed_attention
+from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig
+from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-OF_INTEGERS = ("canvas_ptr", "extra_ptr", "place_ptr", "bucket_ptr", "sequence_ptr")
-IN_FLOAT32 = ("lse_ptr", "delta_ptr", "score_ptr", "part_k_ptr", "part_v_ptr", "of_by_query_ptr", "of_by_key_ptr")
 
 
-def source(kernel, constants):
-    """A kernel with arguments as the operators give them: bf16, pointers and strides that divide by 16."""
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*i32" if name in OF_INTEGERS else "*fp32" if name in IN_FLOAT32 else "*bf16"
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-        if name.endswith("_ptr") or name in ("stride_row", "stride_head"):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+class StandIn:
+    """As much of a driver as building a kernel needs. Each architecture is a device: Triton keeps their kernels apart."""
+
+    architecture = 80
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU to build for."""
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        """Its number."""
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        """None is needed."""
+        return 0
 
 
 def usage(binary: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack, where spilled ones go."""
+    """Registers of a thread, and bytes of its stack, where spilled ones go; nothing without the tool that tells."""
+    if not os.path.exists(CUOBJDUMP):
+        return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as stream:
         stream.write(binary)
         stream.flush()
@@ -54,24 +62,32 @@ def usage(binary: bytes) -> dict[str, int]:
 
 def main() -> None:
     width, *architectures = sys.argv[1:] or ["64", "sm_80", "sm_90"]
-    rows = []
-    for name in [*LAUNCHES, "add_parts", "class_scores"]:
-        kernel = getattr(tiled_kernels, name, None) or getattr(tiled_backward, name)
-        products = {"none": (False, False), "k": (True, False), "qk": (True, True)}
-        for on, (by_query, by_key) in products.items() if name in LAUNCHES else [("none", (False, False))]:
-            constants = {"WIDTH": int(width), "WINDOW": 3, "BY_QUERY": by_query, "BY_KEY": by_key}
-            constants |= {"PREFIX": 16, "EXTRAS": 64, "CHUNK": 64}
-            options = {"num_warps": 4}
-            if name in LAUNCHES:
-                launch = LAUNCHES[name]
-                constants["CHUNK"] = launch.chunk
-                options = {"num_warps": launch.warps, "num_stages": launch.stages}
-            constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            for architecture in architectures:
-                target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-                built = triton.compile(source(kernel, constants), target=target, options=options)
-                row = {"kernel": name, "on": on, "architecture": architecture, "shared": built.metadata.shared}
-                rows.append(row | (usage(built.asm["cubin"]) if os.path.exists(CUOBJDUMP) else {}))
+    driver = StandIn()
+    triton.runtime.driver.set_active(driver)
+    rows: list[dict[str, Any]] = []
+    case: dict[str, Any] = {}
+    start = JITFunction.run
+
+    def build(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        built = start(kernel, *arguments, grid=grid, warmup=True, **options)
+        rows.append({**case, "kernel": kernel.fn.__name__, "shared": built.metadata.shared})
+        rows[-1] |= usage(built.asm["cubin"])
+
+    JITFunction.run = build
+    heads, grid, prefix = 6, (24, 20), 1
+    for architecture in architectures:
+        driver.architecture = int(architecture.removeprefix("sm_"))
+        for on, config in {
+            "none": None,
+            "bias": RPEConfig(mode="bias"),
+            "k": RPEConfig(on="k"),
+            "qk": RPEConfig(on="qk"),
+        }.items():
+            case.update(on=on, architecture=architecture)
+            irpe = None if config is None else IRPE(config, int(width), heads)
+            qkv = torch.zeros(2 * (prefix + grid[0] * grid[1]), 3, heads, int(width), dtype=torch.bfloat16)
+            parts = qkv.requires_grad_().unbind(1)
+            tiled_routed_attention(*parts, TokenLayout(2, grid, prefix), irpe, 3, 32).sum().backward()
     print(json.dumps(rows))
 
 

@@ -277,29 +277,58 @@ def test_a_missing_bucket_is_told() -> None:
 
 @needs_triton
 @pytest.mark.usefixtures("interpreted", "long_steps")
-@pytest.mark.parametrize("config", [None, RPEConfig(on="qk", shared_heads=False), RPEConfig(mode="bias")])
-def test_a_trial_passes_in_16_bits(config: RPEConfig | None) -> None:
+@pytest.mark.parametrize("encoding", [(), ("cross", "contextual", "qk", 1.9, False), ("product", "bias", "k")])
+def test_a_trial_passes_in_16_bits(encoding: tuple[object, ...]) -> None:
     """Also where the first image is only encoded: `inference_mode` would leave nothing to go backward through."""
     with torch.inference_mode():
-        assert tiled._agrees.__wrapped__(torch.device("cpu"), torch.float16, HEADS, WIDTH, config, 3)
+        assert tiled._tried.__wrapped__(torch.device("cpu"), torch.float16, HEADS, WIDTH, 3, *encoding)
 
 
 def wrong(*arguments: object) -> Tensor:
     return 1.1 * routed_attention(*arguments)  # type: ignore[arg-type]
 
 
+def undefined(*arguments: object) -> Tensor:
+    return torch.full_like(wrong(*arguments), float("nan")) + 0 * wrong(*arguments)
+
+
 def broken(*arguments: object) -> Tensor:
     raise RuntimeError("no such compiler\nat all")
 
 
-@pytest.mark.parametrize(("kernels", "reason"), [(wrong, "results are off by 10 %"), (broken, "(no such compiler)")])
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [(wrong, "results are off by 10 %"), (undefined, "results are off by nan %"), (broken, "(no such compiler)")],
+)
 def test_a_trial_that_fails_warns_and_leaves_it_to_others(
     kernels: object, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tiled, "tiled_routed_attention", kernels)
-    assert not tiled._agrees.__wrapped__(torch.device("cpu"), torch.float32, HEADS, WIDTH, RPEConfig(), 3)
+    assert not tiled._tried.__wrapped__(torch.device("cpu"), torch.float32, HEADS, WIDTH, 3, "product")
     (record,) = caplog.records
     assert reason in record.message
+
+
+@pytest.mark.parametrize("difference", [0.0, 1.0])
+def test_a_trial_is_made_within_compiled_code_too(difference: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = []
+
+    def measured(*asked: object) -> float:
+        trials.append(type(torch.zeros(())))  # a real tensor, not one of the compiler's
+        return difference
+
+    monkeypatch.setattr(tiled, "_difference", measured)
+    tiled._tried.cache_clear()
+    torch.compiler.reset()
+
+    def step(x: Tensor) -> Tensor:
+        return 2 * x if tiled._agrees(x.device, x.dtype, x.shape[-2], 16, 3, "product", "bias") else 3 * x
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(torch.ones(2, 2)), torch.full((2, 2), 2.0 + difference))
+    assert trials == [Tensor]
+    tiled._tried.cache_clear()
 
 
 def test_is_taken_only_where_it_is_wanted_and_can_do_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +374,7 @@ def test_compilers_take_the_kernels(tmp_path: Path) -> None:
         newer = row["architecture"] == "sm_90"
         assert row["shared"] <= (227 if newer else 163) * 1024, row
         if "stack" in row:
-            assert row["stack"] <= (0 if newer or row["on"] != "qk" else 256), row
+            assert row["stack"] <= (0 if newer else 256), row
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,8 +178,7 @@ def tiled_pays(query: Tensor, irpe: IRPE | None, window: int, dropout: float) ->
     They are wanted where the environment variable ``CYTOSSL_TRITON_ATTENTION`` is 1. They take CUDA (capability 8.0 or
     higher) with Triton, 16 bits a number, heads of 16 to 128 numbers (a power of two), no dropout and nothing on
     values. The first time they are tried on a small image against `routed_attention`; where they cannot be built, or
-    their results or gradients differ, a warning says so and other paths are taken. Within ``torch.compile`` that is
-    not tried.
+    their results or gradients differ by more than `TOLERANCE`, a warning says so and other paths are taken.
     """
     if os.environ.get("CYTOSSL_TRITON_ATTENTION") != "1" or not query.is_cuda:
         return False
@@ -187,10 +187,9 @@ def tiled_pays(query: Tensor, irpe: IRPE | None, window: int, dropout: float) ->
     on_values = irpe is not None and irpe.value_table is not None
     if dropout != 0 or on_values or not fits or not _has_triton(query.device.index):
         return False
-    if torch.compiler.is_compiling():
-        return True
     config = None if irpe is None else irpe.config
-    return _agrees(query.device, query.dtype, query.shape[-2], width, config, window)
+    encoding = () if config is None else (config.method, config.mode, config.on, config.ratio, config.shared_heads)
+    return _agrees(query.device, query.dtype, query.shape[-2], width, window, *encoding)
 
 
 @lru_cache(maxsize=16)
@@ -198,14 +197,18 @@ def _has_triton(device: int | None) -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@torch.compiler.assume_constant_result  # ``torch.compile`` runs it once, as it is, and does not look into it
+def _agrees(*asked: Any) -> bool:
+    return _tried(*asked)
+
+
 @lru_cache(maxsize=64)
-def _agrees(
-    device: torch.device, dtype: torch.dtype, heads: int, width: int, config: RPEConfig | None, window: int
-) -> bool:
+def _tried(device: torch.device, dtype: torch.dtype, heads: int, width: int, window: int, *encoding: Any) -> bool:
     """Try the kernels, forward and backward, on two images with holes, against the tiles in float32."""
+    config = RPEConfig(*encoding) if encoding else None
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            difference = _difference(device, dtype, heads, width, config, window)
+            difference = _difference(device, dtype, heads, width, window, config)
     except Exception as error:  # noqa: BLE001 - Triton's compilers raise errors of many kinds; a training must not end
         reason = first_line(error)
     else:
@@ -217,7 +220,7 @@ def _agrees(
 
 
 def _difference(
-    device: torch.device, dtype: torch.dtype, heads: int, width: int, config: RPEConfig | None, window: int
+    device: torch.device, dtype: torch.dtype, heads: int, width: int, window: int, config: RPEConfig | None
 ) -> float:
     """Largest distance of outputs and gradients from those of the tiles in float32, as a share of their length."""
     grid, prefix, salient = (12, 20), 2, 16
@@ -241,4 +244,5 @@ def _difference(
         given = qkv.to(number, copy=True).requires_grad_()
         out = attention(*given.unbind(1), TokenLayout(2, grid, prefix, valid=valid), irpe, window, salient)
         results.append([out.detach(), *torch.autograd.grad((out.float() * weight).sum(), [given, *parameters])])
-    return max(float((got.float() - true).norm() / true.norm()) for got, true in zip(*results))
+    # By a tensor: its largest is NaN where one is.
+    return float(torch.stack([(got.float() - true).norm() / true.norm() for got, true in zip(*results)]).max())

@@ -30,7 +30,7 @@ CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia",
 
 
 class StandIn:
-    """As much of a driver as building a kernel needs. Each architecture is a device: Triton keeps their kernels apart."""
+    """As much of a driver as building needs. Each architecture is a device: Triton keeps their kernels apart."""
 
     architecture = 80
 

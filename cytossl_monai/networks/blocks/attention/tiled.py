@@ -185,6 +185,7 @@ def tiled_pays(query: Tensor, irpe: IRPE | None, window: int, dropout: float) ->
     width = query.shape[-1]
     fits = query.dtype in (torch.bfloat16, torch.float16) and width in (16, 32, 64, 128)
     on_values = irpe is not None and irpe.value_table is not None
+    fits &= query.shape[0] * (1 if irpe is None else irpe.num_buckets) < 2**31  # the kernels count these in 32 bits
     if dropout != 0 or on_values or not fits or not _has_triton(query.device.index):
         return False
     config = None if irpe is None else irpe.config

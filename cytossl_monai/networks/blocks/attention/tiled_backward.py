@@ -20,7 +20,6 @@ from cytossl_monai.networks.blocks.attention.tiled_kernels import (
     listed_rows,
     places,
     prefix_bucket,
-    products_of,
     scores,
     seen_from_tile,
     slot_rows,
@@ -86,15 +85,16 @@ def backward_queries(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = seen_from_tile(q_row, q_place, k_row, k_place, slot, WINDOW)
         score, bucket = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :], seen,
-            head, scale, bucket_ptr, reach, first_bucket, other_bucket,
+            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            prefix_bucket(k_place, first_bucket, other_bucket)[None, :],
+            seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
         _, of_score = of_scores(score, seen, lse[:, None], tl.dot(of_out, tl.trans(value)), delta[:, None])
         of_query += tl.dot(of_score.to(key.dtype), key)
         if BY_QUERY:
-            mine = products_of(of_by_query_ptr, q_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(mine + bucket, of_score, mask=seen, sem="relaxed")
+            mine = of_by_query_ptr + head.to(tl.int64) * rows * buckets
+            tl.atomic_add(mine + (q_row[:, None] * buckets + bucket), of_score, mask=seen, sem="relaxed")
     store_vectors(of_q_ptr, q_row, head, heads, of_query * scale, WIDTH)
 
 
@@ -115,6 +115,7 @@ def backward_prefix(
     of_out, delta = of_output(of_out_ptr, out_ptr, delta_ptr, q_row, head, rows, heads, WIDTH)
     lse = numbers(lse_ptr, q_row, head, rows)
 
+    q_bucket = prefix_bucket(q_place, first_bucket, other_bucket)
     of_query = tl.full((PREFIX, WIDTH), 0.0, tl.float32)
     of_patches = tl.full((PREFIX,), 0.0, tl.float32)  # all patches fall in one bucket: one sum
     for start in range(0, length, CHUNK):
@@ -124,21 +125,23 @@ def backward_prefix(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = (q_row >= 0)[:, None] & (k_row >= 0)[None, :]
         score, bucket = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :], seen,
-            head, scale, bucket_ptr, reach, first_bucket, other_bucket,
+            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            tl.minimum(q_bucket[:, None], prefix_bucket(k_place, first_bucket, other_bucket)[None, :]),
+            seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
         _, of_score = of_scores(score, seen, lse[:, None], tl.dot(of_out, tl.trans(value)), delta[:, None])
         of_query += tl.dot(of_score.to(key.dtype), key)
         if BY_QUERY:
             of_patches += tl.sum(tl.where((k_place >= 0)[None, :], of_score, 0.0), 1)
-            mine = products_of(of_by_query_ptr, q_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(mine + bucket, of_score, mask=seen & (k_place < 0)[None, :], sem="relaxed")
+            mine = of_by_query_ptr + head.to(tl.int64) * rows * buckets
+            tl.atomic_add(
+                mine + (q_row[:, None] * buckets + bucket), of_score, mask=seen & (k_place < 0)[None, :], sem="relaxed"
+            )
     store_vectors(of_q_ptr, q_row, head, heads, of_query * scale, WIDTH)
     if BY_QUERY:
-        own = prefix_bucket(q_place, first_bucket, other_bucket)
-        mine = products_of(of_by_query_ptr, q_row, head, buckets, rows.to(tl.int64) * buckets)
-        tl.atomic_add(mine + own, of_patches, mask=q_row >= 0, sem="relaxed")
+        mine = of_by_query_ptr + head.to(tl.int64) * rows * buckets
+        tl.atomic_add(mine + (q_row * buckets + q_bucket), of_patches, mask=q_row >= 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -178,16 +181,17 @@ def backward_keys(
         seen = is_near(q_place[None, :], k_place[:, None], WINDOW) | (q_place < 0)[None, :]
         seen &= (k_row >= 0)[:, None] & (q_row >= 0)[None, :]
         score, bucket = scores(
-            tl.dot(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None], seen,
-            head, scale, bucket_ptr, reach, first_bucket, other_bucket,
+            tl.dot(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None],
+            prefix_bucket(q_place, first_bucket, other_bucket)[None, :],
+            seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
         weight, of_score = of_scores(score, seen, lse[None, :], tl.dot(value, tl.trans(of_out)), delta[None, :])
         of_value += tl.dot(weight.to(of_out.dtype), of_out)
         of_key += tl.dot(of_score.to(query.dtype), query)
         if BY_KEY:
-            mine = products_of(of_by_key_ptr, k_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(mine + bucket, of_score, mask=seen, sem="relaxed")
+            mine = of_by_key_ptr + head.to(tl.int64) * rows * buckets
+            tl.atomic_add(mine + (k_row[:, None] * buckets + bucket), of_score, mask=seen, sem="relaxed")
     store_vectors(of_k_ptr, k_row, head, heads, of_key * scale, WIDTH)
     store_vectors(of_v_ptr, k_row, head, heads, of_value, WIDTH)
 
@@ -214,6 +218,7 @@ def backward_extras(
     value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
     sequence_ptr += image * length
 
+    k_bucket = prefix_bucket(k_place, first_bucket, other_bucket)
     of_key = tl.full((EXTRAS, WIDTH), 0.0, tl.float32)
     of_value = tl.full((EXTRAS, WIDTH), 0.0, tl.float32)
     of_patches = tl.full((EXTRAS,), 0.0, tl.float32)  # a prefix key has one bucket with all patches: one sum
@@ -228,8 +233,9 @@ def backward_extras(
         seen = far | (k_place < 0)[:, None]
         seen &= (k_row >= 0)[:, None] & (q_row >= 0)[None, :]
         score, bucket = scores(
-            tl.dot(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None], seen,
-            head, scale, bucket_ptr, reach, first_bucket, other_bucket,
+            tl.dot(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None],
+            tl.minimum(k_bucket[:, None], prefix_bucket(q_place, first_bucket, other_bucket)[None, :]),
+            seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
         weight, of_score = of_scores(score, seen, lse[None, :], tl.dot(value, tl.trans(of_out)), delta[None, :])
@@ -238,16 +244,17 @@ def backward_extras(
         if BY_KEY:
             one_bucket = (k_place < 0)[:, None] & (q_place >= 0)[None, :]
             of_patches += tl.sum(tl.where(one_bucket, of_score, 0.0), 1)
-            mine = products_of(of_by_key_ptr, k_row[:, None], head, buckets, rows.to(tl.int64) * buckets)
-            tl.atomic_add(mine + bucket, of_score, mask=seen & ~one_bucket, sem="relaxed")
+            mine = of_by_key_ptr + head.to(tl.int64) * rows * buckets
+            tl.atomic_add(mine + (k_row[:, None] * buckets + bucket), of_score, mask=seen & ~one_bucket, sem="relaxed")
     at = (((image * parts + part).to(tl.int64) * extras + number)[:, None] * heads + head) * WIDTH
     at += tl.arange(0, WIDTH)[None, :]
     tl.store(part_k_ptr + at, of_key * scale, mask=(number < extras)[:, None])
     tl.store(part_v_ptr + at, of_value, mask=(number < extras)[:, None])
     if BY_KEY:
-        own = prefix_bucket(k_place, first_bucket, other_bucket)
-        mine = products_of(of_by_key_ptr, k_row, head, buckets, rows.to(tl.int64) * buckets)
-        tl.atomic_add(mine + own, of_patches, mask=(k_row >= 0) & (own != NO_BUCKET), sem="relaxed")
+        mine = of_by_key_ptr + head.to(tl.int64) * rows * buckets
+        tl.atomic_add(
+            mine + (k_row * buckets + k_bucket), of_patches, mask=(k_row >= 0) & (k_bucket != NO_BUCKET), sem="relaxed"
+        )
 
 
 @triton.jit(do_not_specialize=["extras", "parts"])

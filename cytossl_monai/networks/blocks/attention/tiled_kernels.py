@@ -62,56 +62,47 @@ def is_near(q_place, k_place, WINDOW: tl.constexpr):
     """Whether two patches lie in each other's window."""
     dy = (q_place >> 16) - (k_place >> 16)
     dx = (q_place & 0xFFFF) - (k_place & 0xFFFF)
-    return (tl.abs(dy) <= WINDOW) & (tl.abs(dx) <= WINDOW)
+    # As unsigned numbers what is below -WINDOW is large: one comparison in place of two.
+    return ((dy + WINDOW).to(tl.uint32) <= 2 * WINDOW) & ((dx + WINDOW).to(tl.uint32) <= 2 * WINDOW)
 
 
 @triton.jit
 def prefix_bucket(place, first_bucket, other_bucket):
-    """Bucket of the pairs of a prefix token, `NO_BUCKET` for a patch."""
+    """Bucket of all pairs of a prefix token (of two tokens the lower counts); `NO_BUCKET` for a patch."""
     return tl.where(place >= 0, NO_BUCKET, tl.where(place == -1, first_bucket, other_bucket))
 
 
 @triton.jit
-def pair_buckets(q_place, k_place, seen, bucket_ptr, reach, first_bucket, other_bucket):
-    """Buckets of pairs: of the prefix token where there is one (of two the lower), else of the clamped offset."""
+def pair_buckets(q_place, k_place, of_prefix, bucket_ptr, reach):
+    """Buckets of pairs: ``of_prefix`` where it is one, else that of the clamped offset, which the table always has."""
     dy = (q_place >> 16) - (k_place >> 16)
     dx = (q_place & 0xFFFF) - (k_place & 0xFFFF)
     y = tl.minimum(tl.maximum(dy, -reach), reach) + reach
     x = tl.minimum(tl.maximum(dx, -reach), reach) + reach
-    of_prefix = tl.minimum(
-        prefix_bucket(q_place, first_bucket, other_bucket), prefix_bucket(k_place, first_bucket, other_bucket)
-    )
-    of_offset = tl.load(bucket_ptr + y * (2 * reach + 1) + x, mask=seen & (of_prefix == NO_BUCKET), other=0)
-    return tl.where(of_prefix == NO_BUCKET, of_offset, of_prefix)
-
-
-@triton.jit
-def products_of(ptr, row, head, stride_row, stride_head):
-    """Where a token's products with the encodings of all buckets begin, in (heads, rows, buckets)."""
-    return ptr + row.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
+    return tl.where(of_prefix == NO_BUCKET, tl.load(bucket_ptr + (y * (2 * reach + 1) + x)), of_prefix)
 
 
 @triton.jit
 def scores(
-    product, q_row, q_place, k_row, k_place, seen, head, scale,
-    bucket_ptr, reach, first_bucket, other_bucket,
+    product, q_row, q_place, k_row, k_place, of_prefix, seen, head, scale, bucket_ptr, reach,
     by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head,
     BY_QUERY: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Scores of pairs with iRPE's terms, looked up at [query, bucket] and [key, bucket] for open pairs alone.
 
     ``product`` is that of queries and keys, either way round; rows and places broadcast to it. Also returns buckets.
+    A head's part of the products is addressed in 32 bits: it has fewer than 2^31 numbers.
     """
     score = product * (scale * LOG2_E)
     bucket = tl.full(product.shape, 0, tl.int32)
     if BY_QUERY or BY_KEY:
-        bucket = pair_buckets(q_place, k_place, seen, bucket_ptr, reach, first_bucket, other_bucket)
+        bucket = pair_buckets(q_place, k_place, of_prefix, bucket_ptr, reach)
     if BY_QUERY:
-        own = products_of(by_query_ptr, q_row, head, by_query_row, by_query_head)
-        score += tl.load(own + bucket, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+        own = by_query_ptr + head.to(tl.int64) * by_query_head
+        score += tl.load(own + (q_row * by_query_row + bucket), mask=seen, other=0.0).to(tl.float32) * LOG2_E
     if BY_KEY:
-        own = products_of(by_key_ptr, k_row, head, by_key_row, by_key_head)
-        score += tl.load(own + bucket, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+        own = by_key_ptr + head.to(tl.int64) * by_key_head
+        score += tl.load(own + (k_row * by_key_row + bucket), mask=seen, other=0.0).to(tl.float32) * LOG2_E
     return score, bucket
 
 
@@ -140,12 +131,15 @@ def seen_from_tile(q_row, q_place, k_row, k_place, slot, WINDOW: tl.constexpr):
 
 @triton.jit
 def soften(score, seen, value, highest, total, mixed):
-    """One chunk of the running softmax: new maximum, sum of weights, and sum of weighted values, of each query."""
+    """One chunk of the running softmax: new maximum, sums of weights, and sum of weighted values, of each query.
+
+    Weights are summed by place in the chunk, and over places once, in the end: threads need not meet for it here.
+    """
     score = tl.where(seen, score, float("-inf"))
     new = tl.maximum(highest, tl.max(score, 1))
     weight = tl.exp2(score - new[:, None])
     fade = tl.exp2(highest - new)
-    total = total * fade + tl.sum(weight, 1)
+    total = total * fade[:, None] + weight
     mixed = mixed * fade[:, None] + tl.dot(weight.to(value.dtype), value)
     return new, total, mixed
 
@@ -153,7 +147,7 @@ def soften(score, seen, value, highest, total, mixed):
 @triton.jit
 def finish(out_ptr, lse_ptr, row, head, rows, heads, highest, total, mixed, WIDTH: tl.constexpr):
     """Write outputs into their tokens' rows of (rows, heads, WIDTH), log-sum-exps into (heads, rows)."""
-    total = tl.where(row >= 0, total, 1.0)  # where there is no query, nothing was summed
+    total = tl.where(row >= 0, tl.sum(total, 1), 1.0)  # where there is no query, nothing was summed
     at = (row.to(tl.int64)[:, None] * heads + head) * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out_ptr + at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=(row >= 0)[:, None])
     tl.store(lse_ptr + head * rows + row, highest + tl.log2(total), mask=row >= 0)
@@ -176,7 +170,7 @@ def forward_patches(
     halo: tl.constexpr = (TILE + 2 * WINDOW) * (TILE + 2 * WINDOW)
 
     highest = tl.full((TILE * TILE,), LOWEST, tl.float32)
-    total = tl.full((TILE * TILE,), 0.0, tl.float32)
+    total = tl.full((TILE * TILE, CHUNK), 0.0, tl.float32)
     mixed = tl.full((TILE * TILE, WIDTH), 0.0, tl.float32)
     for start in range(0, extras + halo, CHUNK):
         slot = start + tl.arange(0, CHUNK)
@@ -186,8 +180,9 @@ def forward_patches(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = seen_from_tile(q_row, q_place, k_row, k_place, slot, WINDOW)
         score, _ = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :], seen,
-            head, scale, bucket_ptr, reach, first_bucket, other_bucket,
+            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            prefix_bucket(k_place, first_bucket, other_bucket)[None, :],
+            seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
         highest, total, mixed = soften(score, seen, value, highest, total, mixed)
@@ -207,9 +202,10 @@ def forward_prefix(
     q_row = listed_rows(sequence_ptr, tl.arange(0, PREFIX), 0, prefix)
     q_place = places(place_ptr, q_row)
     query = vectors(q_ptr, q_row, head, stride_row, stride_head, WIDTH)
+    q_bucket = prefix_bucket(q_place, first_bucket, other_bucket)
 
     highest = tl.full((PREFIX,), LOWEST, tl.float32)
-    total = tl.full((PREFIX,), 0.0, tl.float32)
+    total = tl.full((PREFIX, CHUNK), 0.0, tl.float32)
     mixed = tl.full((PREFIX, WIDTH), 0.0, tl.float32)
     for start in range(0, length, CHUNK):
         k_row = listed_rows(sequence_ptr, start + tl.arange(0, CHUNK), 0, length)
@@ -218,8 +214,9 @@ def forward_prefix(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = (q_row >= 0)[:, None] & (k_row >= 0)[None, :]
         score, _ = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :], seen,
-            head, scale, bucket_ptr, reach, first_bucket, other_bucket,
+            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            tl.minimum(q_bucket[:, None], prefix_bucket(k_place, first_bucket, other_bucket)[None, :]),
+            seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
         highest, total, mixed = soften(score, seen, value, highest, total, mixed)

@@ -107,9 +107,7 @@ def scores(
 
 
 @triton.jit
-def slot_rows(
-    canvas_ptr, extra_ptr, tile, tile_rows, tile_cols, extras, slot, WINDOW: tl.constexpr
-):  # fmt: skip
+def slot_rows(canvas_ptr, extra_ptr, tile, tile_rows, tile_cols, extras, slot, WINDOW: tl.constexpr):
     """Rows of a tile's slots: its halo, then the tokens that its whole image sees."""
     halo: tl.constexpr = (TILE + 2 * WINDOW) * (TILE + 2 * WINDOW)
     in_halo = canvas_rows(canvas_ptr, tile, tile_rows, tile_cols, slot, WINDOW, WINDOW)

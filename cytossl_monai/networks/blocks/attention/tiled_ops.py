@@ -30,8 +30,8 @@ class Launch:
     stages: int
 
 
-# Chosen for heads of 64 by what the compilers say: fewest instructions a pair among those whose registers hold everything
-# (on sm_80: all but a few bytes). No time has been measured.
+# Chosen for heads of 64 by what the compilers say: the fewest instructions a pair among those whose registers hold
+# everything (on sm_80: all but a few bytes). No time has been measured.
 LAUNCHES = {
     "forward_patches": Launch(16, 4, 2),
     "forward_prefix": Launch(64, 4, 2),

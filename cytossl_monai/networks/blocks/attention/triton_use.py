@@ -1,0 +1,61 @@
+"""When kernels of our own in Triton are used: where they are asked for, and where they were seen to be right."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cytossl_monai.utils.errors import first_line
+
+__all__ = ["exporting", "tried", "triton_asked"]
+
+
+def triton_asked(tensor: Tensor) -> bool:
+    """Whether ``CYTOSSL_TRITON_ATTENTION=1`` is set and Triton can run on this tensor: CUDA, 16 bits a number.
+
+    Under autocast the dtype that counts is autocast's.
+    """
+    if os.environ.get("CYTOSSL_TRITON_ATTENTION", "0") != "1" or not tensor.is_cuda:
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensor.dtype
+    return dtype in (torch.bfloat16, torch.float16) and has_triton(tensor.device.index)
+
+
+@lru_cache(maxsize=16)
+def has_triton(device: int | None) -> bool:
+    """Whether Triton is installed and the GPU new enough for it (compute capability 8.0)."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def exporting() -> bool:
+    """Whether a graph is being exported, which must need nothing of this package."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+
+
+def tried(name: str, device_type: str, attempt: Callable[[], float], tolerance: float, logger: logging.Logger) -> bool:
+    """Whether ``attempt`` succeeds: kernels that fail or are wrong are not to end, or spoil, a training.
+
+    Args:
+        name: of the kernels, for the warning.
+        device_type: ``cuda``.
+        attempt: runs the kernels on something small; returns the largest relative difference from the other path.
+        tolerance: what it may be.
+        logger: gets the warning.
+    """
+    try:
+        # Also where the first image is only encoded: `inference_mode` would leave nothing to go backward through.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+            difference = attempt()
+    except Exception as error:  # noqa: BLE001 - a compiler's errors are of no one kind
+        logger.warning("%s cannot be built here (%s): the slower path is taken", name, first_line(error))
+        return False
+    if not difference <= tolerance:  # NaN as well
+        logger.warning("%s differs here by %.2g of the result: the slower path is taken", name, difference)
+        return False
+    return True

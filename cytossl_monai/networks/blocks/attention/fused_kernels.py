@@ -1,8 +1,9 @@
 """The Triton kernels of `fused`: blocks of pairs of one image and head, whose scores never leave the processor.
 
 Imported only where they are used, since Triton is not installed everywhere. In all of them ``rows`` are queries and
-``cols`` keys; L tokens an image, H heads, D numbers a head, B buckets of iRPE. Tensors of tokens lie as (image, token,
-head, D) or, for what is kept by bucket, (image, token, head, B), with strides.
+``cols`` keys; L tokens an image, H heads, D numbers a head, B buckets of iRPE. ``qkv`` is (image, token, 3, head, D);
+products by bucket are (image, token, head, B) of queries and values, (image, head, B, token) of keys: so what
+neighbouring pairs look up lies close together. ``scores`` and all sums are float32.
 """
 
 from __future__ import annotations
@@ -51,6 +52,14 @@ def _bar(scores, candidates, number):
 
 
 @triton.jit
+def _part(length, heads, size):
+    """What this program is for: image, head, and block of tokens of that size."""
+    blocks = tl.cdiv(length, size)
+    image_and_head = tl.program_id(0) // blocks
+    return (image_and_head // heads).to(tl.int64), image_and_head % heads, tl.program_id(0) % blocks
+
+
+@triton.jit
 def _tokens(base, tokens, stride, width, length):
     """(tokens, width) of one head."""
     return tl.load(base + tokens[:, None] * stride + width[None, :], mask=tokens[:, None] < length, other=0.0)
@@ -72,7 +81,7 @@ def _pairs(
     if ON_QUERIES:
         scores += tl.load(by_query + rows[:, None] * stride_by + bucket, mask=is_open, other=0.0).to(tl.float32)
     if ON_KEYS:
-        scores += tl.load(by_key + cols[None, :] * stride_by + bucket, mask=is_open, other=0.0).to(tl.float32)
+        scores += tl.load(by_key + bucket * length + cols[None, :], mask=is_open, other=0.0).to(tl.float32)
     return tl.where(is_open, scores, float("-inf")), is_open, bucket
 
 
@@ -85,17 +94,18 @@ def attend_rows(
 ):  # fmt: skip
     """Forward, M queries over all keys at once (N >= L): a row must be whole before its best keys are known.
 
-    Grid (L / M, images * heads). ``shares`` (image, token, head, B) float32 must be zero: where iRPE lies on values, it
-    gets what each query gives to each bucket.
+    Grid (images * heads * L / M). ``shares`` (image, token, head, B) float32 must be zero: where iRPE lies on
+    values, it gets what each query gives to each bucket.
     """
-    image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows, cols, width = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
+    image, head, block = _part(length, heads, M)
+    rows, cols, width = block * M + tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
     stride, stride_by = 3 * heads * D, heads * buckets
     first, first_by = image * length * stride + head * D, (image * length * heads + head) * buckets
+    by_key += (image * heads + head) * buckets * length
     query = _tokens(qkv + first, rows, stride, width, length)
     key = _tokens(qkv + first + heads * D, cols, stride, width, length)
     scores, is_open, bucket = _pairs(
-        query, key, rows, cols, ids + image * ids_of_image, by_query + first_by, by_key + first_by,
+        query, key, rows, cols, ids + image * ids_of_image, by_query + first_by, by_key,
         open_keys + image * length, stride_by, scale, length, ON_QUERIES, ON_KEYS, MASKED,
     )  # fmt: skip
     row_places = (image * heads + head) * length + rows
@@ -151,13 +161,14 @@ def backward_rows(
 ):  # fmt: skip
     """Slopes by M queries and by what iRPE says of them (``d_by_query``, float32, must be zero); N keys at a time.
 
-    Grid (L / M, images * heads). ``by_value`` are the slopes by ``shares``, ``deltas`` (image, head, token) the
+    Grid (images * heads * L / M). ``by_value`` are the slopes by ``shares``, ``deltas`` (image, head, token) the
     products of each result with its slope.
     """
-    image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows, width = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, D)
+    image, head, block = _part(length, heads, M)
+    rows, width = block * M + tl.arange(0, M), tl.arange(0, D)
     stride, stride_by = 3 * heads * D, heads * buckets
     first, first_by = image * length * stride + head * D, (image * length * heads + head) * buckets
+    by_key += (image * heads + head) * buckets * length
     first_row = (image * heads + head) * length
     query = _tokens(qkv + first, rows, stride, width, length)
     slope = _tokens(slopes + (image * length * heads + head) * D, rows, heads * D, width, length)
@@ -167,7 +178,7 @@ def backward_rows(
         key = _tokens(qkv + first + heads * D, cols, stride, width, length)
         value = _tokens(qkv + first + 2 * heads * D, cols, stride, width, length)
         _, by_scores, is_open, bucket = _weights_and_slopes(
-            query, key, value, slope, rows, cols, ids + image * ids_of_image, by_query + first_by, by_key + first_by,
+            query, key, value, slope, rows, cols, ids + image * ids_of_image, by_query + first_by, by_key,
             by_value + first_by, open_keys + image * length, log_sums + first_row, deltas + first_row, bars + first_row,
             stride_by, prefix, scale, length, ON_QUERIES, ON_KEYS, ON_VALUES, MASKED, BEST,
         )  # fmt: skip
@@ -188,12 +199,13 @@ def backward_cols(
 ):  # fmt: skip
     """Slopes by N keys and values, and by what iRPE says of the keys (``d_by_key``, float32, zero); M queries a time.
 
-    Grid (L / N, images * heads).
+    Grid (images * heads * L / N).
     """
-    image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    cols, width = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, D)
+    image, head, block = _part(length, heads, N)
+    cols, width = block * N + tl.arange(0, N), tl.arange(0, D)
     stride, stride_by = 3 * heads * D, heads * buckets
     first, first_by = image * length * stride + head * D, (image * length * heads + head) * buckets
+    by_key += (image * heads + head) * buckets * length
     first_row = (image * heads + head) * length
     key = _tokens(qkv + first + heads * D, cols, stride, width, length)
     value = _tokens(qkv + first + 2 * heads * D, cols, stride, width, length)
@@ -203,14 +215,14 @@ def backward_cols(
         query = _tokens(qkv + first, rows, stride, width, length)
         slope = _tokens(slopes + (image * length * heads + head) * D, rows, heads * D, width, length)
         weights, by_scores, is_open, bucket = _weights_and_slopes(
-            query, key, value, slope, rows, cols, ids + image * ids_of_image, by_query + first_by, by_key + first_by,
+            query, key, value, slope, rows, cols, ids + image * ids_of_image, by_query + first_by, by_key,
             by_value + first_by, open_keys + image * length, log_sums + first_row, deltas + first_row, bars + first_row,
             stride_by, prefix, scale, length, ON_QUERIES, ON_KEYS, ON_VALUES, MASKED, BEST,
         )  # fmt: skip
         d_value += tl.dot(tl.trans(weights.to(slope.dtype)), slope, input_precision="ieee")
         d_key += tl.dot(tl.trans(by_scores.to(query.dtype)), query, input_precision="ieee")
         if ON_KEYS:
-            places = d_by_key + first_by + cols[None, :] * stride_by + bucket
+            places = d_by_key + (image * heads + head) * buckets * length + bucket * length + cols[None, :]
             tl.atomic_add(places, by_scores, mask=is_open, sem="relaxed")
     places = d_qkv + first + cols[:, None] * stride + width[None, :]
     tl.store(places + heads * D, (d_key * scale).to(d_qkv.dtype.element_ty), mask=cols[:, None] < length)

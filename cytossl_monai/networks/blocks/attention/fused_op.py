@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["attend_pairs"]
 
-# Queries of a block, and warps, by the keys of a block: of those that keep all numbers in registers (compute capability
-# 8.0 and 9.0), the largest. Of the backward pass a block has 32 queries, 32 keys and 4 warps.
+# Queries of a block, and warps, by the keys of a block: the largest that (nearly) keep all numbers in registers, by the
+# compiler's word for compute capability 8.0 and 9.0. Of the backward pass a block has 32 queries, 32 keys and 4 warps.
 _FORWARD = {16: (32, 4), 32: (32, 4), 64: (32, 4), 128: (32, 8), 256: (16, 4), 512: (16, 8)}
 _BLOCK = 32
 
@@ -139,6 +139,7 @@ def _fused_backward(
         d_by_query = _of_table(d_query, qkv[:, :, 0] * call.scale, by_query)
         d_qkv[:, :, 0] += _by_bucket_back(d_query, by_query) * call.scale
     if by_key is not None:
+        d_key = d_key.permute(0, 3, 1, 2)
         d_by_key = _of_table(d_key, qkv[:, :, 1] * call.scale, by_key)
         d_qkv[:, :, 1] += _by_bucket_back(d_key, by_key) * call.scale
     if by_value is not None:
@@ -205,7 +206,8 @@ class _Call:
             spread = bias.to(qkv.dtype).expand(self.batch, self.length, self.heads, -1)
             of_query = spread.contiguous() if by_query is None else of_query + spread
         if by_key is not None:
-            of_key = _by_bucket(qkv[:, :, 1] * self.scale, by_key)
+            # Buckets first: neighbouring keys, which a block looks up together, then lie side by side.
+            of_key = _by_bucket(qkv[:, :, 1] * self.scale, by_key).permute(0, 2, 3, 1).contiguous()
         self.products = of_query, of_key
         self.switches = {
             "D": self.width,
@@ -229,9 +231,9 @@ class _Call:
         shared = self.ids is None or self.ids.shape[0] == 1
         return self.length, self.heads, self.buckets, 0 if shared else self.length**2
 
-    def grid(self, block: int) -> tuple[int, int]:
-        """Programs."""
-        return -(-self.length // block), self.batch * self.heads
+    def grid(self, block: int) -> tuple[int]:
+        """Programs, in one row: CUDA's other axes end at 65,535."""
+        return (self.batch * self.heads * -(-self.length // block),)
 
     def device(self) -> contextlib.AbstractContextManager[Any]:
         """Triton starts kernels on the current device."""

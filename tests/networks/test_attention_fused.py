@@ -209,6 +209,10 @@ def test_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused_pays(qkv, None, None, None, 0.0)  # PyTorch's own is better
     assert not fused_pays(qkv, tables, torch.ones(1, 1, 5, 5) > 0, keep, 0.0)
     assert not fused_pays(qkv, tables, None, keep, 0.1)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not fused_pays(qkv, tables, None, keep, 0.0)
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "triton_asked", lambda _: True)
     assert not fused_pays(qkv.expand(1, 5, 3, 1, 16)[..., :8], tables, None, keep, 0.0)
     assert not fused_pays(torch.zeros(1, fused.LONGEST + 1, 3, 1, 16), tables, None, keep, 0.0)
 

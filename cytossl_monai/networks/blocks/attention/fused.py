@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.networks.blocks.attention.dense import attend
-from cytossl_monai.networks.blocks.attention.fused_op import attend_pairs
+from cytossl_monai.networks.blocks.attention.fused_op import attend_pairs, keys_of_a_block
 from cytossl_monai.networks.blocks.attention.triton_use import exporting, tried, triton_asked
 from cytossl_monai.networks.blocks.irpe import RPETables
 
@@ -38,9 +38,9 @@ def fused_pays(
     """Whether the kernels are asked for and can do what is asked.
 
     They take CUDA with Triton (``CYTOSSL_TRITON_ATTENTION=1``), at most `LONGEST` tokens, 16 bits a number, heads of
-    16, 32, 64 or 128 numbers, no dropout and no mask but one of keys. Plain dense attention is left to PyTorch. A small
-    batch is computed by both paths first, forward and backward: where the kernels cannot be built or differ, a warning
-    says so and they are not used.
+    16, 32, 64 or 128 numbers, no dropout, no mask but one of keys, and no ``torch.use_deterministic_algorithms``. Plain
+    dense attention is left to PyTorch. A small batch is computed by both paths first, forward and backward: where the
+    kernels cannot be built or differ, a warning says so and they are not used.
 
     Args:
         qkv: (B, L, 3, h, d).
@@ -52,12 +52,15 @@ def fused_pays(
     length, heads, width = qkv.shape[1], qkv.shape[-2], qkv.shape[-1]
     if not triton_asked(qkv) or dropout != 0 or exporting() or (tables is None and keep is None):
         return False
+    if torch.are_deterministic_algorithms_enabled():  # slopes by bucket are summed in no fixed order
+        return False
     if length > LONGEST or width not in (16, 32, 64, 128) or (mask is not None and mask.shape[1:3] != (1, 1)):
         return False
     if torch.compiler.is_compiling():
         return True
     shapes = tuple(None if table is None else tuple(table.shape) for table in _parts(tables))
-    return _right(qkv.device, _dtype(qkv), length, heads, width, shapes)
+    # Images of a packed batch have many lengths, but blocks of keys few.
+    return _right(qkv.device, _dtype(qkv), keys_of_a_block(length) - 3, heads, width, shapes)
 
 
 def _parts(tables: RPETables | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

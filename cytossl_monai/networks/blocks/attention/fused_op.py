@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attend_pairs"]
+__all__ = ["attend_pairs", "keys_of_a_block"]
 
 # Queries of a block, and warps, by the keys of a block: the largest that (nearly) keep all numbers in registers, by the
 # compiler's word for compute capability 8.0 and 9.0. Of the backward pass a block has 32 queries, 32 keys and 4 warps.
 _FORWARD = {16: (32, 4), 32: (32, 4), 64: (32, 4), 128: (32, 8), 256: (16, 4), 512: (16, 8)}
 _BLOCK = 32
+
+
+def keys_of_a_block(length: int) -> int:
+    """Keys that a block of the forward pass holds: a power of two, at least what Triton multiplies at once."""
+    return max(16, 2 ** math.ceil(math.log2(length)))
 
 
 @torch.library.custom_op("cytossl::fused_attention", mutates_args=())
@@ -195,7 +200,7 @@ class _Call:
         self.qkv, self.ids = qkv, ids
         self.batch, self.length, _, self.heads, self.width = qkv.shape
         self.scale = self.width**-0.5
-        self.all_keys = max(16, 2 ** math.ceil(math.log2(self.length)))
+        self.all_keys = keys_of_a_block(self.length)
         tables = [table for table in (bias, by_query, by_key, by_value) if table is not None]
         self.buckets = tables[0].shape[1] if tables else 0
         empty = qkv.new_empty(0)

@@ -35,7 +35,9 @@ def has_triton(device: int | None) -> bool:
 
 def exporting() -> bool:
     """Whether a graph is being exported, which must need nothing of this package."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+    # A PyTorch that cannot tell compiling from exporting (2.6) is taken to export.
+    in_export = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or in_export()
 
 
 def tried(name: str, device_type: str, attempt: Callable[[], float], tolerance: float, logger: logging.Logger) -> bool:

@@ -177,7 +177,7 @@ def test_it_is_tried_before_it_is_used(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter has no products of bfloat16
     arguments = (device, dtype, 37, 2, 16, SHAPES)
     with caplog.at_level(logging.WARNING), torch.inference_mode():
-        assert fused._right.__wrapped__(*arguments)
+        assert fused._tried.__wrapped__(*arguments)
     assert not caplog.records
     right = fused_op.attend_pairs
 
@@ -186,15 +186,34 @@ def test_it_is_tried_before_it_is_used(
         return 1.1 * out, *rest
 
     monkeypatch.setattr(fused, "attend_pairs", wrong)
-    assert not fused._right.__wrapped__(*arguments)
-    assert "fused attention differs here by 0.1" in caplog.text
+    assert not fused._tried.__wrapped__(*arguments)
+    assert "fused attention cannot be used here (its results are off by 10 %): a slower path is taken" in caplog.text
 
     def broken(*_: Any) -> tuple[Tensor, ...]:
         raise LookupError("no such instruction\nand much more")
 
     monkeypatch.setattr(fused, "attend_pairs", broken)
-    assert not fused._right.__wrapped__(*arguments)
-    assert "fused attention cannot be built here (no such instruction): the slower path is taken" in caplog.text
+    assert not fused._tried.__wrapped__(*arguments)
+    assert "fused attention cannot be used here (no such instruction): a slower path is taken" in caplog.text
+
+
+def test_compiled_code_tries_it_too_and_gives_the_same(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(fused, "triton_asked", lambda _: True)
+    monkeypatch.setattr(fused, "_tried", lambda *asked: tried.append(asked) or True)
+    module = module_of("topk 16 all", RPES[4], 1).to(device)
+    x = torch.randn(2, 55, HEADS * WIDTH, device=device, requires_grad=True)
+
+    def attend_by(call: Any) -> list[Tensor]:
+        out = call(x, TokenLayout(2, GRID, 1))
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
+
+    wanted = attend_by(module)
+    torch._dynamo.reset()
+    got = attend_by(torch.compile(module, backend="aot_eager", fullgraph=True))
+    assert len(tried) == 2
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,14 +97,14 @@ def _can_be_built(device: torch.device, dtype: torch.dtype, heads: int, width: i
     """Build the kernels, forward and backward, for a small image; whether a GPU and a PyTorch take them is not known
     before, and a training is not to end over it."""
 
-    def attempt() -> float:
+    def attempt() -> list[tuple[Tensor, Tensor]]:
         irpe = None if config is None else IRPE(config, width, heads).to(device)
         tokens = torch.ones(1 + 32 * 32, heads, width, device=device, dtype=dtype, requires_grad=True)
         out = flex_routed_attention(tokens, tokens, tokens, TokenLayout(1, (32, 32), 1), irpe, 3, 16)
         out.float().sum().backward()
-        return 0.0
+        return []
 
-    return tried("FlexAttention", device.type, attempt, 0.0, logger)
+    return tried("FlexAttention", device, attempt, logger)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from cytossl_monai.utils.errors import first_line
 
-__all__ = ["exporting", "tried", "triton_asked"]
+__all__ = ["exporting", "has_triton", "tried", "triton_asked"]
+
+TOLERANCE = 0.03  # bfloat16 has 8 bits, and sums of many numbers lose some
 
 
 def triton_asked(tensor: Tensor) -> bool:
@@ -40,24 +42,28 @@ def exporting() -> bool:
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or in_export()
 
 
-def tried(name: str, device_type: str, attempt: Callable[[], float], tolerance: float, logger: logging.Logger) -> bool:
-    """Whether ``attempt`` succeeds: kernels that fail or are wrong are not to end, or spoil, a training.
+def tried(
+    name: str, device: torch.device, attempt: Callable[[], list[tuple[Tensor, Tensor]]], logger: logging.Logger
+) -> bool:
+    """Whether kernels can be built here and are right: ones that fail or are wrong must not end, or spoil, a training.
 
     Args:
         name: of the kernels, for the warning.
-        device_type: ``cuda``.
-        attempt: runs the kernels on something small; returns the largest relative difference from the other path.
-        tolerance: what it may be.
+        device: where they run.
+        attempt: runs them on something small, forward and backward; returns pairs of what they gave and what is right
+            in float32. They may be no farther apart than `TOLERANCE` of the right one's length.
         logger: gets the warning.
     """
     try:
         # Also where the first image is only encoded: `inference_mode` would leave nothing to go backward through.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
-            difference = attempt()
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            apart = [(got.float() - right).norm() / right.norm() for got, right in attempt()]
+            difference = float(torch.stack(apart).detach().max()) if apart else 0.0  # NaN where one is
     except Exception as error:  # noqa: BLE001 - a compiler's errors are of no one kind
-        logger.warning("%s cannot be built here (%s): the slower path is taken", name, first_line(error))
-        return False
-    if not difference <= tolerance:  # NaN as well
-        logger.warning("%s differs here by %.2g of the result: the slower path is taken", name, difference)
-        return False
-    return True
+        reason = first_line(error)
+    else:
+        if difference <= TOLERANCE:
+            return True
+        reason = f"its results are off by {100 * difference:.0f} %"
+    logger.warning("%s cannot be used here (%s): a slower path is taken", name, reason)
+    return False

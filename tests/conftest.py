@@ -14,6 +14,9 @@ import torch
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
+if not torch.cuda.is_available():  # Triton decides when it is first imported, by whatever test that is
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def real_data_root() -> Path | None:
     """Folder of the real images: ``CYTOSSL_DATA``, or ``../shared/data`` beside the checkout; None where absent."""

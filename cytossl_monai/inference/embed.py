@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.index.fields import NucleusFields, instance_fields, nucleus_fields
-from cytossl_monai.inference.ahead import read_ahead
+from cytossl_monai.inference.ahead import one_behind, read_ahead
 from cytossl_monai.inference.instances import in_words, index_hash, sound_instances
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_other_features, warn_of_tile_size
 from cytossl_monai.inference.turns import in_turn
@@ -54,7 +54,7 @@ class EmbedTimes:
 
     Args:
         total: from the first read to the last feature.
-        encoder: spent in the encoder itself.
+        encoder: the rest: the encoder, and bringing its results to the host.
         waiting: spent waiting for the reader.
         tiles: tiles embedded.
     """
@@ -116,28 +116,32 @@ def embed_tiles(
                 f"{slide.path} is damaged: its tile at {x}, {y} was kept by the index and cannot be decoded now; copy "
                 f"the file again, or delete {index.slide_id}.parquet and index the slide again to leave the tile out"
             )
-        return torch.as_tensor(tiles)
+        batch = torch.as_tensor(tiles)
+        # Page-locked, a batch is copied while the device works.
+        return batch.pin_memory() if device.type == "cuda" and batch.device.type == "cpu" else batch
+
+    def encoded(reader: Iterator[Tensor]) -> Iterator[Tensor]:
+        asked = time.perf_counter()
+        for tiles in reader:
+            times.waiting += time.perf_counter() - asked
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                yield inferer(tiles.to(device, non_blocking=True), encoder)
+            asked = time.perf_counter()
 
     features: np.ndarray | None = None
-    done, waited = 0, time.perf_counter()
+    done = 0
     with (
         closing(read_ahead(read, batches)) as reader,  # type: ignore[type-var]
         tqdm(total=len(coords), desc=f"embed {index.slide_id}", unit="tile", disable=not progress) as bar,
     ):
-        for tiles in reader:
-            started = time.perf_counter()
-            times.waiting += started - waited
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                out = inferer(tiles.to(device, non_blocking=True), encoder)
-            values = out.float().cpu().numpy()  # waits for the device
-            waited = time.perf_counter()
-            times.encoder += waited - started
+        for values in one_behind(encoded(reader)):
             if features is None:
                 features = np.empty((len(coords), values.shape[1]), np.float32)
             features[done : done + len(values)] = values
             done += len(values)
             bar.update(len(values))
     times.total += time.perf_counter() - begin
+    times.encoder = times.total - times.waiting
     times.tiles += len(coords)
     if features is None or not np.isfinite(features).all():
         raise FeatureError(f"the encoder gives NaN or infinite features on {slide.path}; use another checkpoint")

@@ -11,7 +11,6 @@ process of its own: resident memory above what it held before the step (CPU), or
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,13 +25,11 @@ from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor, nn
 
 from cytossl_monai.networks import SRTransformer
-from cytossl_monai.networks.blocks.attention.tiled import tiled_pays
 from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
 WIDTH, HEADS = 384, 6
 RPE = {"method": "product", "mode": "contextual", "on": "k"}
-SWITCH = "CYTOSSL_TRITON_ATTENTION"  # of the kernels that are written in Triton
 
 
 class DenseSDPA(nn.Module):
@@ -71,18 +68,17 @@ class MaterialisedBias(nn.Module):
 
 
 class Ours(nn.Module):
-    """`SparseAttention` on a full square grid; ``own_kernels``: by those in Triton, else by PyTorch's."""
+    """`SparseAttention` on a full square grid."""
 
-    def __init__(self, side: int, sparsity: str, rpe: Any = RPE, own_kernels: bool = False) -> None:
+    def __init__(self, side: int, sparsity: str, rpe: Any = RPE) -> None:
         super().__init__()
-        self.side, self.own_kernels = side, own_kernels
+        self.side = side
         self.inner = SparseAttention(
             WIDTH, HEADS, qkv_bias=True, rpe=rpe, sparsity=sparsity, keep_ratio=0.5, num_salient=32, window=3
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        os.environ[SWITCH] = str(int(self.own_kernels))
         return self.inner(x, TokenLayout(x.shape[0], (self.side, self.side), 1))
 
 
@@ -103,38 +99,10 @@ CASES: dict[str, Callable[[int], nn.Module]] = {
     "ours: topk 16 + iRPE qkv (published)": lambda side: Published(side),
     "ours: routed + iRPE": lambda side: Ours(side, "routed"),
     "ours: routed, no iRPE": lambda side: Ours(side, "routed", None),
-    "ours: routed + iRPE, own kernels": lambda side: Ours(side, "routed", own_kernels=True),
-    "ours: routed, no iRPE, own kernels": lambda side: Ours(side, "routed", None, own_kernels=True),
 }
 
 
 BASE = "dense, materialised iRPE"
-
-
-def unavailable(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a case cannot be measured here; None: it can."""
-    if not name.endswith("own kernels"):
-        return None
-    if device != "cuda":
-        return "kernels in Triton need CUDA"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    os.environ[SWITCH] = "1"
-    query = torch.empty(1, HEADS, WIDTH // HEADS, device=device, dtype=dtype)
-    inner = CASES[name](8).get_submodule("inner")
-    assert isinstance(inner, SparseAttention)
-    if not tiled_pays(query, inner.irpe, 3, 0.0):
-        return f"the kernels do not take {dtype} on this device, or a warning above says what is wrong with them"
-    return None
-
-
-def leave_out(device: str, dtype: torch.dtype) -> None:
-    """Take the cases that cannot be measured here out of `CASES`, and say why."""
-    for name in list(CASES):
-        reason = unavailable(name, device, dtype)
-        if reason is not None:
-            print(f"skipped: {name}: {reason}", flush=True)
-            del CASES[name]
 
 
 def _step(module: nn.Module, x: Tensor) -> None:
@@ -278,7 +246,6 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     for name in set(CASES) - {BASE, *args.cases}:
         del CASES[name]
-    leave_out(args.device, dtype)
     rows: list[dict[str, Any]] = []
     largest = max(args.tokens, default=0)
     memory = {}

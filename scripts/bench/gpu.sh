@@ -3,8 +3,8 @@
 #
 #   scripts/bench/gpu.sh                      on a machine with an NVIDIA GPU and a CUDA build of PyTorch
 #   scripts/bench/gpu.sh --wheels DIR         take what is missing (MONAI, Ignite, cuCIM, ...) from the wheels of a folder
-#   scripts/bench/gpu.sh --only attention     some parts: tests attention views steps reading nuclei embedding recovery
-#                                             pretraining
+#   scripts/bench/gpu.sh --only attention     some parts: tests attention kernels views steps reading nuclei embedding
+#                                             recovery pretraining
 #   scripts/bench/gpu.sh --dry                the same code in tiny sizes on the CPU, as continuous integration runs it
 #   scripts/bench/gpu.sh --output DIR         where gpu.json and gpu.md go (default: gpu)
 #

@@ -15,6 +15,7 @@ from small_steps import ALLOWED, METHODS, method_of, take_step, tiles, views_of
 
 from cytossl_monai.data.tiles.loader import tile_loader
 from cytossl_monai.engines import build_optimizer
+from cytossl_monai.inference.ahead import one_behind
 from cytossl_monai.transforms import BatchedNCP, ViewGenerator
 
 pytestmark = [
@@ -107,3 +108,14 @@ def test_batches_come_pinned() -> None:
     sampler: Any = [[0, 1]]
     batch = next(iter(tile_loader(items, sampler, num_workers=0)))
     assert all(batch[name].is_pinned() for name in ("image", "mpp"))
+
+
+def test_results_of_a_gpu_arrive_whole() -> None:
+    """Each is overwritten on the device as soon as the next work runs: what is read must be the copy made before."""
+    place = torch.empty(2_000_000, device="cuda")
+
+    def work() -> Iterator[torch.Tensor]:
+        for i in range(20):
+            yield place.fill_(i)
+
+    assert [(array.min(), array.max()) for array in one_behind(work())] == [(i, i) for i in range(20)]

@@ -5,13 +5,11 @@ Without a GPU Triton's interpreter runs the kernels on the CPU: right results, n
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_kernels import SHARED, WANTED, device_of_kernels
 
-from cytossl_monai.networks.blocks import attention as package
 from cytossl_monai.networks.blocks.attention import tiled, tiled_ops
 from cytossl_monai.networks.blocks.attention.reference import reference_attention
 from cytossl_monai.networks.blocks.attention.routed import routed_attention
@@ -31,37 +29,21 @@ from cytossl_monai.networks.blocks.sparse_attention import SparseAttention
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
 HEADS, WIDTH = 2, 16
-KERNELS = ("tiled_kernels", "tiled_backward")
 AHEAD = Path(__file__).parents[1] / "helpers" / "triton_ahead.py"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (PyTorch for CUDA brings it)"
-)
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels as functions of numpy, in this test alone: Triton itself is imported as it always is."""
-    if torch.cuda.is_available():
-        pytest.skip("the kernels are compiled on this machine: the tests marked gpu hold them")
-    language = importlib.import_module("triton.language")
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    for name in ("sum", "max"):  # written in Triton, and not for the interpreter
-        monkeypatch.setattr(language, name, interpreter.InterpretedFunction(getattr(language, name).fn))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in KERNELS:
-        importlib.import_module(f"{package.__name__}.{name}")
-    monkeypatch.delenv("TRITON_INTERPRET")
-    yield
-    for name in KERNELS:
-        del sys.modules[f"{package.__name__}.{name}"]
-        delattr(package, name)
+def device() -> torch.device:
+    torch.set_float32_matmul_precision("highest")
+    return device_of_kernels()
 
 
 @pytest.fixture
 def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps of the kernels' loops: the interpreter takes its time for each."""
-    longer = {name: tiled_ops.Launch(64, 4, 1) for name in tiled_ops.LAUNCHES}
-    monkeypatch.setattr(tiled_ops, "LAUNCHES", longer)
+    if not torch.cuda.is_available():
+        longer = {name: tiled_ops.Launch(64, 4, 1) for name in tiled_ops.LAUNCHES}
+        monkeypatch.setattr(tiled_ops, "LAUNCHES", longer)
 
 
 @dataclass(frozen=True)
@@ -73,13 +55,13 @@ class Case:
     rpe: dict[str, object] | None = None
     masked: bool = False
 
-    def encoding(self, width: int = WIDTH) -> IRPE | None:
+    def encoding(self, device: torch.device) -> IRPE | None:
         if self.rpe is None:
             return None
-        irpe = IRPE(RPEConfig(**self.rpe), width, HEADS, self.prefix > 0, self.prefix > 1)  # type: ignore[arg-type]
+        irpe = IRPE(RPEConfig(**self.rpe), WIDTH, HEADS, self.prefix > 0, self.prefix > 1)  # type: ignore[arg-type]
         for table in irpe.parameters():
             torch.nn.init.normal_(table, std=0.5)
-        return irpe
+        return irpe.to(device)
 
     def layout(self, valid: Tensor | None = None) -> TokenLayout:
         return TokenLayout(2, self.grid, self.prefix, self.prefix > 0, valid=valid)
@@ -96,19 +78,19 @@ def gradients(out: Tensor, weight: Tensor, qkv: Tensor, irpe: IRPE | None) -> li
     return list(torch.autograd.grad((out.float() * weight).sum(), [qkv, *parameters]))
 
 
-def compare(case: Case) -> None:
+def compare(case: Case, device: torch.device) -> None:
     """Outputs, and gradients of queries, keys, values and every table."""
     cells = case.grid[0] * case.grid[1]
     tokens = 2 * (case.prefix + cells)
-    qkv = torch.randn(tokens, 3, HEADS, WIDTH, requires_grad=True)
-    weight = torch.randn(tokens, HEADS, WIDTH)
+    qkv = torch.randn(tokens, 3, HEADS, WIDTH, device=device, requires_grad=True)
+    weight = torch.randn(tokens, HEADS, WIDTH, device=device)
     valid = None
     if case.masked:
-        valid = torch.rand(2, cells) > 0.4
+        valid = torch.rand(2, cells, device=device) > 0.4
         valid[0, 7:] = False  # fewer patches than are salient, and tiles without any
         valid[0, 3] = True
         weight.unflatten(0, (2, -1))[:, case.prefix :][~valid] = 0
-    irpe, settings = case.encoding(), (case.window, case.salient)
+    irpe, settings = case.encoding(device), (case.window, case.salient)
     got = tiled_routed_attention(*qkv.unbind(1), case.layout(valid), irpe, *settings)
     wanted = by_reference(qkv, case.layout(valid), irpe, *settings)
     tiles = routed_attention(*qkv.unbind(1), case.layout(valid), irpe, *settings)
@@ -138,17 +120,15 @@ CASES = [
 ]
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
+@pytest.mark.usefixtures("long_steps")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_reference(case: Case) -> None:
-    compare(case)
+def test_equals_reference(case: Case, device: torch.device) -> None:
+    compare(case, device)
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
+@pytest.mark.usefixtures("long_steps")
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_reference_by_chance(seed: int) -> None:
+def test_equals_reference_by_chance(seed: int, device: torch.device) -> None:
     draw = random.Random(seed)
     rpe = {
         "method": draw.choice(["product", "cross", "quant"]),
@@ -157,24 +137,21 @@ def test_equals_reference_by_chance(seed: int) -> None:
         "shared_heads": draw.random() < 0.5,
     }
     grid = (draw.randint(1, 14), draw.randint(1, 14))
-    compare(Case(grid, draw.randint(0, 3), draw.randint(1, 4), draw.randint(0, 12), rpe, draw.random() < 0.5))
+    compare(Case(grid, draw.randint(0, 3), draw.randint(1, 4), draw.randint(0, 12), rpe, draw.random() < 0.5), device)
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted")
-def test_equals_reference_in_steps_as_on_a_gpu() -> None:
-    compare(Case((9, 6), 2, 2, 6, {"on": "qk"}))
+def test_equals_reference_in_steps_as_on_a_gpu(device: torch.device) -> None:
+    compare(Case((9, 6), 2, 2, 6, {"on": "qk"}), device)
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
+@pytest.mark.usefixtures("long_steps")
 @pytest.mark.parametrize("rpe", [None, {"on": "qk"}])
-def test_packed_equals_each_image_alone(rpe: dict[str, object] | None) -> None:
+def test_packed_equals_each_image_alone(rpe: dict[str, object] | None, device: torch.device) -> None:
     counts, case = [54, 3, 17, 1], Case((9, 6), 2, 2, 6, rpe)
-    irpe = case.encoding()
-    positions = [torch.randperm(54)[:count].sort().values for count in counts]
-    qkv = torch.randn(sum(counts) + 2 * len(counts), 3, HEADS, WIDTH, requires_grad=True)
-    weight = torch.randn(len(qkv), HEADS, WIDTH)
+    irpe = case.encoding(device)
+    positions = [torch.randperm(54, device=device)[:count].sort().values for count in counts]
+    qkv = torch.randn(sum(counts) + 2 * len(counts), 3, HEADS, WIDTH, device=device, requires_grad=True)
+    weight = torch.randn(len(qkv), HEADS, WIDTH, device=device)
     layout = TokenLayout(len(counts), case.grid, 2, positions=torch.cat(positions), counts=counts)
     alone = []
     for (start, stop), own in zip(pairwise(layout.offsets()), positions):
@@ -186,18 +163,17 @@ def test_packed_equals_each_image_alone(rpe: dict[str, object] | None) -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
-def test_reads_nothing_beside_its_rows() -> None:
+@pytest.mark.usefixtures("long_steps")
+def test_reads_nothing_beside_its_rows(device: torch.device) -> None:
     """Numbers between the rows, before the first and after the last, and of patches that take no part, are NaN."""
     case = Case((9, 6), 1, 2, 6, {"mode": "bias", "on": "qk"}, masked=True)
-    memory = torch.full((2 * 55 + 2, 5, HEADS, WIDTH), float("nan"))
-    valid = torch.rand(2, 54) > 0.4
-    real = torch.cat([torch.ones(2, 1, dtype=torch.bool), valid], dim=1).flatten()
-    memory[1:-1, 1:4][real] = torch.randn(int(real.sum()), 3, HEADS, WIDTH)
+    memory = torch.full((2 * 55 + 2, 5, HEADS, WIDTH), float("nan"), device=device)
+    valid = torch.rand(2, 54, device=device) > 0.4
+    real = torch.cat([valid.new_ones(2, 1), valid], dim=1).flatten()
+    memory[1:-1, 1:4][real] = torch.randn(int(real.sum()), 3, HEADS, WIDTH, device=device)
     qkv = memory[1:-1, 1:4].requires_grad_()
     assert not qkv.is_contiguous()
-    got = tiled_routed_attention(*qkv.unbind(1), case.layout(valid), case.encoding(), case.window, case.salient)
+    got = tiled_routed_attention(*qkv.unbind(1), case.layout(valid), case.encoding(device), case.window, case.salient)
     (gradient,) = torch.autograd.grad(got.square().sum(), qkv)
     assert got.isfinite().all()
     assert gradient.isfinite().all()
@@ -205,12 +181,11 @@ def test_reads_nothing_beside_its_rows() -> None:
     assert not gradient[~real].any()
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
-def test_takes_queries_keys_and_values_that_lie_apart() -> None:
+@pytest.mark.usefixtures("long_steps")
+def test_takes_queries_keys_and_values_that_lie_apart(device: torch.device) -> None:
     case = Case((9, 6), 1, 2, 6, {"on": "qk"})
-    irpe = case.encoding()
-    qkv = torch.randn(110, 3, HEADS, WIDTH)
+    irpe = case.encoding(device)
+    qkv = torch.randn(110, 3, HEADS, WIDTH, device=device)
     query, key, value = qkv.unbind(1)
     wanted = tiled_routed_attention(query, key, value, case.layout(), irpe, 2, 6)
     apart = (query.contiguous(), key.transpose(1, 2).contiguous().transpose(1, 2), value)
@@ -229,30 +204,28 @@ class Named(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
+@pytest.mark.usefixtures("long_steps")
 @pytest.mark.parametrize("form", ["full", "masked", "packed"])
-def test_nothing_waits_for_the_device(form: str) -> None:
+def test_nothing_waits_for_the_device(form: str, device: torch.device) -> None:
     """No value is read, nothing is counted, no boolean index: plan, forward and backward."""
     case = Case((9, 6), 1, 2, 6, {"on": "qk"})
-    qkv = torch.randn(110, 3, HEADS, WIDTH, requires_grad=True)
-    valid = torch.rand(2, 54) > 0.4 if form == "masked" else None
+    qkv = torch.randn(110, 3, HEADS, WIDTH, device=device, requires_grad=True)
+    valid = torch.rand(2, 54, device=device) > 0.4 if form == "masked" else None
     layout = case.layout(valid)
     if form == "packed":
-        layout = TokenLayout(2, (20, 6), 1, positions=torch.arange(108), counts=[8, 100])
-    irpe = case.encoding()
+        layout = TokenLayout(2, (20, 6), 1, positions=torch.arange(108, device=device), counts=[8, 100])
+    irpe = case.encoding(device)
     with Named() as ran:
         tiled_routed_attention(*qkv.unbind(1), layout, irpe, 2, 6).sum().backward()
     waits = ("_local_scalar_dense", "item", "nonzero", "unique", "bincount", "masked_select", "index.Tensor")
     assert not [name for name in ran.names if any(wait in name for wait in waits)]
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
-def test_is_an_operator_that_compilers_leave_alone() -> None:
+@pytest.mark.usefixtures("long_steps")
+def test_is_an_operator_that_compilers_leave_alone(device: torch.device) -> None:
     case = Case((9, 6), 1, 2, 6, {"on": "k"})
-    irpe, layout = case.encoding(), case.layout()
-    qkv = torch.randn(110, 3, HEADS, WIDTH, requires_grad=True)
+    irpe, layout = case.encoding(device), case.layout()
+    qkv = torch.randn(110, 3, HEADS, WIDTH, device=device, requires_grad=True)
     plan = make_plan(layout, 2, qkv.device)
     assert irpe is not None
     products = tiled.products(*qkv[:, :2].unbind(1), irpe.tables())
@@ -275,79 +248,33 @@ def test_a_missing_bucket_is_told() -> None:
         tiled_routed_attention(rows, rows, rows, TokenLayout(1, (9, 6), 2), irpe, 2, 6)
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted", "long_steps")
+@pytest.mark.usefixtures("long_steps")
 @pytest.mark.parametrize("encoding", [(), ("cross", "contextual", "qk", 1.9, False), ("product", "bias", "k")])
-def test_a_trial_passes_in_16_bits(encoding: tuple[object, ...]) -> None:
-    """Also where the first image is only encoded: `inference_mode` would leave nothing to go backward through."""
-    with torch.inference_mode():
-        assert tiled._tried.__wrapped__(torch.device("cpu"), torch.float16, HEADS, WIDTH, 3, *encoding)
+def test_a_trial_passes_in_16_bits(encoding: tuple[object, ...], device: torch.device) -> None:
+    assert tiled._tried.__wrapped__(device, torch.float16, HEADS, WIDTH, 3, *encoding)
 
 
-def wrong(*arguments: object) -> Tensor:
-    return 1.1 * routed_attention(*arguments)  # type: ignore[arg-type]
-
-
-def undefined(*arguments: object) -> Tensor:
-    return torch.full_like(wrong(*arguments), float("nan")) + 0 * wrong(*arguments)
-
-
-def broken(*arguments: object) -> Tensor:
-    raise RuntimeError("no such compiler\nat all")
-
-
-@pytest.mark.parametrize(
-    ("kernels", "reason"),
-    [(wrong, "results are off by 10 %"), (undefined, "results are off by nan %"), (broken, "(no such compiler)")],
-)
-def test_a_trial_that_fails_warns_and_leaves_it_to_others(
-    kernels: object, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(tiled, "tiled_routed_attention", kernels)
+def test_a_trial_tells_of_wrong_results(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(tiled, "tiled_routed_attention", lambda *given: 1.1 * routed_attention(*given))
     assert not tiled._tried.__wrapped__(torch.device("cpu"), torch.float32, HEADS, WIDTH, 3, "product")
     (record,) = caplog.records
-    assert reason in record.message
+    assert "off by 10 %" in record.message
 
 
-@pytest.mark.parametrize("difference", [0.0, 1.0])
-def test_a_trial_is_made_within_compiled_code_too(difference: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = []
-
-    def measured(*asked: object) -> float:
-        trials.append(type(torch.zeros(())))  # a real tensor, not one of the compiler's
-        return difference
-
-    monkeypatch.setattr(tiled, "_difference", measured)
-    tiled._tried.cache_clear()
-    torch.compiler.reset()
-
-    def step(x: Tensor) -> Tensor:
-        return 2 * x if tiled._agrees(x.device, x.dtype, x.shape[-2], 16, 3, "product", "bias") else 3 * x
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        torch.testing.assert_close(compiled(torch.ones(2, 2)), torch.full((2, 2), 2.0 + difference))
-    assert trials == [Tensor]
-    tiled._tried.cache_clear()
-
-
-def test_is_taken_only_where_it_is_wanted_and_can_do_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnCuda(torch.Tensor):
-        is_cuda = True  # type: ignore[assignment]
-
-    query = torch.zeros(3, HEADS, WIDTH, dtype=torch.bfloat16).as_subclass(OnCuda)
-    monkeypatch.setattr(tiled, "_has_triton", lambda device: True)
-    monkeypatch.setattr(tiled, "_agrees", lambda *asked: True)
-    monkeypatch.delenv("CYTOSSL_TRITON_ATTENTION", raising=False)
+def test_is_taken_only_where_it_is_asked_for_and_can_do_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.zeros(3, HEADS, WIDTH, dtype=torch.bfloat16)
     assert not tiled_pays(query, None, 3, 0.0)
-    monkeypatch.setenv("CYTOSSL_TRITON_ATTENTION", "1")
+    monkeypatch.setattr(tiled, "triton_asked", lambda tensor: True)
+    monkeypatch.setattr(tiled, "_right", lambda *asked: True)
     assert tiled_pays(query, None, 3, 0.0)
     assert tiled_pays(query, IRPE(RPEConfig(on="qk"), WIDTH, HEADS), 3, 0.0)
     assert not tiled_pays(query, IRPE(RPEConfig(on="kv"), WIDTH, HEADS), 3, 0.0)
     assert not tiled_pays(query, None, 3, 0.1)
     assert not tiled_pays(query.float(), None, 3, 0.0)
     assert not tiled_pays(query[..., :8], None, 3, 0.0)
-    assert not tiled_pays(torch.zeros(3, HEADS, WIDTH, dtype=torch.bfloat16), None, 3, 0.0)  # a CPU
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert tiled_pays(query, None, 3, 0.0)
+    assert not tiled_pays(query, IRPE(RPEConfig(), WIDTH, HEADS), 3, 0.0)
 
 
 def test_importing_attention_imports_no_kernel() -> None:
@@ -359,10 +286,10 @@ def test_importing_attention_imports_no_kernel() -> None:
     assert out.stdout.strip() == "[]"
 
 
-@needs_triton
 @pytest.mark.slow
 def test_compilers_take_the_kernels(tmp_path: Path) -> None:
     """Ahead of time, bf16, heads of 64: shared memory fits, and registers hold everything, nearly so on an A100."""
+    pytest.importorskip("triton", reason=WANTED)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, str(AHEAD), "64", "sm_80", "sm_90"]
@@ -371,19 +298,18 @@ def test_compilers_take_the_kernels(tmp_path: Path) -> None:
     rows = json.loads(told.stdout.splitlines()[-1])
     assert {row["kernel"] for row in rows} == {*tiled_ops.LAUNCHES, "add_parts", "class_scores"}
     for row in rows:
-        newer = row["architecture"] == "sm_90"
-        assert row["shared"] <= (227 if newer else 163) * 1024, row
-        if "stack" in row:
-            assert row["stack"] <= (0 if newer else 128), row
+        capability = int(row["architecture"].removeprefix("sm_"))
+        assert row["shared"] <= SHARED[capability], row
+        assert row["stack"] <= (0 if capability == 90 else 128), row
 
 
 @pytest.mark.gpu
-@needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rpe", [None, {"mode": "bias"}, {"mode": "contextual", "on": "qk"}])
 def test_on_cuda(rpe: object, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled kernels against the tiles, which the other tests hold to the reference; forward and gradient."""
+    """In bfloat16 under autocast, by the module, against the tiles, which are held to the reference."""
+    pytest.importorskip("triton", reason=WANTED)
     torch.set_float32_matmul_precision("highest")
     monkeypatch.setenv("CYTOSSL_FLEX_ATTENTION", "0")
     module = SparseAttention(128, 2, rpe=rpe, sparsity="routed", window=3, num_salient=16).cuda()  # type: ignore[arg-type]

@@ -35,10 +35,10 @@ def embed_images(encoder: nn.Module, dataset: Any, device: torch.device, batch_s
     for start in range(0, len(dataset), batch_size):
         items = dataset.__getitems__(list(range(start, min(start + batch_size, len(dataset)))))
         images = torch.stack([item["image"] for item in items]).to(device)
-        features.append(encoder(images).float().cpu())
+        features.append(encoder(images).float())
     for module, training in modes.items():
         module.training = training
-    return torch.cat(features)
+    return torch.cat(features).cpu()  # a GPU is waited for once, not after each batch
 
 
 class LabelledImages:

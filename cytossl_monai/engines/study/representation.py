@@ -71,8 +71,8 @@ def labelled_task(
 def encode(encoder: nn.Module, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 64) -> np.ndarray:
     """(N, D) float32 features of (N, 3, H, W) uint8 images; leaves the encoder in evaluation mode, on the device."""
     encoder.to(device).eval()
-    parts = [encoder(part.to(device)).float().cpu() for part in images.split(batch_size)]
-    return torch.cat(parts).numpy()
+    parts = [encoder(part.to(device)).float() for part in images.split(batch_size)]
+    return torch.cat(parts).cpu().numpy()  # a GPU is waited for once, not after each batch
 
 
 def probe(features: np.ndarray, task: LabelledImages) -> dict[str, ProbeResult]:

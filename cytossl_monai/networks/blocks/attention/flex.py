@@ -10,7 +10,6 @@ inside the kernel.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from cytossl_monai.networks.blocks.attention.routed import attend_prefix, select_salient, sequences, take_rows
+from cytossl_monai.networks.blocks.attention.triton_use import has_triton, tried
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
-from cytossl_monai.utils.errors import first_line
 
 __all__ = ["flex_pays", "flex_routed_attention"]
 
@@ -85,7 +84,7 @@ def flex_pays(query: Tensor, irpe: IRPE | None, dropout: float) -> bool:
     width = query.shape[-1]
     fits = query.dtype in (torch.bfloat16, torch.float16) and width >= 16 and width & (width - 1) == 0
     on_values = irpe is not None and irpe.value_table is not None
-    if dropout != 0 or on_values or not fits or not _kernels(query.device.index):
+    if dropout != 0 or on_values or not fits or not has_triton(query.device.index):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -93,29 +92,19 @@ def flex_pays(query: Tensor, irpe: IRPE | None, dropout: float) -> bool:
     return _can_be_built(query.device, query.dtype, query.shape[-2], width, config)
 
 
-@lru_cache(maxsize=16)
-def _kernels(device: int | None) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 @lru_cache(maxsize=64)
 def _can_be_built(device: torch.device, dtype: torch.dtype, heads: int, width: int, config: RPEConfig | None) -> bool:
     """Build the kernels, forward and backward, for a small image; whether a GPU and a PyTorch take them is not known
     before, and a training is not to end over it."""
-    try:
-        # Also where the first image is only encoded: `inference_mode` would leave nothing to go backward through.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-            irpe = None if config is None else IRPE(config, width, heads).to(device)
-            tokens = torch.ones(1 + 32 * 32, heads, width, device=device, dtype=dtype, requires_grad=True)
-            out = flex_routed_attention(tokens, tokens, tokens, TokenLayout(1, (32, 32), 1), irpe, 3, 16)
-            out.float().sum().backward()
-    except RuntimeError as error:
-        logger.warning(
-            "FlexAttention cannot be built here (%s): routed attention takes its tiles, which are slower",
-            first_line(error),
-        )
-        return False
-    return True
+
+    def attempt() -> list[tuple[Tensor, Tensor]]:
+        irpe = None if config is None else IRPE(config, width, heads).to(device)
+        tokens = torch.ones(1 + 32 * 32, heads, width, device=device, dtype=dtype, requires_grad=True)
+        out = flex_routed_attention(tokens, tokens, tokens, TokenLayout(1, (32, 32), 1), irpe, 3, 16)
+        out.float().sum().backward()
+        return []
+
+    return tried("FlexAttention", device, attempt, logger)
 
 
 @lru_cache(maxsize=1)

@@ -8,9 +8,7 @@ run them yet: they are off unless ``CYTOSSL_TRITON_ATTENTION=1``, and are then t
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,14 +20,11 @@ from torch import Tensor
 from cytossl_monai.networks.blocks.attention.reference import salient_positions
 from cytossl_monai.networks.blocks.attention.routed import TILE, routed_attention, select_salient, sequences
 from cytossl_monai.networks.blocks.attention.tiled_ops import class_scores, routed_tiles
+from cytossl_monai.networks.blocks.attention.triton_use import exporting, tried, triton_asked
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
-from cytossl_monai.utils.errors import first_line
 
 __all__ = ["tiled_pays", "tiled_routed_attention"]
-
-# How far the kernels, in 16 bits, may be from the tiles in float32: distance of a result over its length.
-TOLERANCE = 0.03
 
 logger = logging.getLogger(__name__)
 
@@ -173,77 +168,62 @@ def extra_rows(query: Tensor, key: Tensor, layout: TokenLayout, plan: TiledPlan,
 
 
 def tiled_pays(query: Tensor, irpe: IRPE | None, window: int, dropout: float) -> bool:
-    """Whether the kernels are wanted and can do what is asked, on this machine.
+    """Whether the kernels are asked for and can do what is asked.
 
-    They are wanted where the environment variable ``CYTOSSL_TRITON_ATTENTION`` is 1. They take CUDA (capability 8.0 or
-    higher) with Triton, 16 bits a number, heads of 16 to 128 numbers (a power of two), no dropout and nothing on
-    values. The first time they are tried on a small image against `routed_attention`; where they cannot be built, or
-    their results or gradients differ by more than `TOLERANCE`, a warning says so and other paths are taken.
+    They take CUDA with Triton (``CYTOSSL_TRITON_ATTENTION=1``), 16 bits a number, heads of 16, 32, 64 or 128 numbers,
+    no dropout, nothing on values and, with iRPE, no ``torch.use_deterministic_algorithms``. Two small images are
+    computed by `routed_attention` too at first, forward and backward: where the kernels cannot be built or differ, a
+    warning says so and they are not used.
+
+    Args:
+        query: (R, h, d).
+        irpe: relative position encoding, or None.
+        window: rows and columns that a query sees on each side.
+        dropout: probability of dropping an attention weight.
     """
-    if os.environ.get("CYTOSSL_TRITON_ATTENTION") != "1" or not query.is_cuda:
+    rows, heads, width = query.shape
+    if not triton_asked(query) or dropout != 0 or exporting():
         return False
-    width = query.shape[-1]
-    fits = query.dtype in (torch.bfloat16, torch.float16) and width in (16, 32, 64, 128)
-    on_values = irpe is not None and irpe.value_table is not None
-    fits &= query.shape[0] * (1 if irpe is None else irpe.num_buckets) < 2**31  # the kernels count these in 32 bits
-    if dropout != 0 or on_values or not fits or not _has_triton(query.device.index):
+    if query.dtype not in (torch.bfloat16, torch.float16) or width not in (16, 32, 64, 128):
         return False
-    config = None if irpe is None else irpe.config
-    encoding = () if config is None else (config.method, config.mode, config.on, config.ratio, config.shared_heads)
-    return _agrees(query.device, query.dtype, query.shape[-2], width, window, *encoding)
+    if irpe is None:
+        return _right(query.device, query.dtype, heads, width, window)
+    # Gradients of products are summed in no fixed order, and counted in 32 bits.
+    if torch.are_deterministic_algorithms_enabled() or rows * irpe.num_buckets >= 2**31:
+        return False
+    config = irpe.config
+    encoding = (config.method, config.mode, config.on, config.ratio, config.shared_heads)
+    return irpe.value_table is None and _right(query.device, query.dtype, heads, width, window, *encoding)
 
 
-@lru_cache(maxsize=16)
-def _has_triton(device: int | None) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@torch.compiler.assume_constant_result  # ``torch.compile`` runs it once, as it is, and does not look into it
-def _agrees(*asked: Any) -> bool:
+@torch.compiler.assume_constant_result  # `torch.compile` runs it once, as it is, and does not look into it
+def _right(*asked: Any) -> bool:
     return _tried(*asked)
 
 
 @lru_cache(maxsize=64)
 def _tried(device: torch.device, dtype: torch.dtype, heads: int, width: int, window: int, *encoding: Any) -> bool:
-    """Try the kernels, forward and backward, on two images with holes, against the tiles in float32."""
-    config = RPEConfig(*encoding) if encoding else None
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            difference = _difference(device, dtype, heads, width, window, config)
-    except Exception as error:  # noqa: BLE001 - Triton's compilers raise errors of many kinds; a training must not end
-        reason = first_line(error)
-    else:
-        if difference <= TOLERANCE:
-            return True
-        reason = f"results are off by {100 * difference:.0f} %"
-    logger.warning("the kernels of CYTOSSL_TRITON_ATTENTION cannot be used here (%s): other paths are taken", reason)
-    return False
+    """Whether the kernels are built here and give, for two images with holes, what the tiles give in float32."""
 
+    def attempt() -> list[tuple[Tensor, Tensor]]:
+        grid, prefix, salient = (12, 20), 2, 16
+        drawn = torch.Generator().manual_seed(0)
+        tokens = 2 * (prefix + grid[0] * grid[1])
+        qkv = torch.randn(tokens, 3, heads, width, generator=drawn).to(device, dtype)
+        # Queries of one size for the class token: rounding then cannot change which patches are salient.
+        qkv[:: tokens // 2, 0] = qkv[:: tokens // 2, 0].sign()
+        slope = torch.randn(tokens, heads, width, generator=drawn).to(device, dtype)
+        valid = (torch.rand(2, grid[0] * grid[1], generator=drawn) > 0.2).to(device)
+        irpe = IRPE(RPEConfig(*encoding), width, heads, has_registers=True) if encoding else None
+        for table in () if irpe is None else irpe.parameters():
+            torch.nn.init.normal_(table, std=0.3, generator=drawn)
+        parameters = [] if irpe is None else list(irpe.to(device).parameters())
+        results = []
+        paths: tuple[Callable[..., Tensor], ...] = (tiled_routed_attention, routed_attention)
+        for attention, number in zip(paths, (dtype, torch.float32)):
+            given = qkv.to(number, copy=True).requires_grad_()
+            out = attention(*given.unbind(1), TokenLayout(2, grid, prefix, valid=valid), irpe, window, salient)
+            results.append([out, *torch.autograd.grad(out, [given, *parameters], slope.to(number))])
+        return list(zip(*results, strict=True))
 
-def _difference(
-    device: torch.device, dtype: torch.dtype, heads: int, width: int, window: int, config: RPEConfig | None
-) -> float:
-    """Largest distance of outputs and gradients from those of the tiles in float32, as a share of their length."""
-    grid, prefix, salient = (12, 20), 2, 16
-    random = torch.Generator(device).manual_seed(0)
-    tokens = 2 * (prefix + grid[0] * grid[1])
-    qkv = torch.randn(tokens, 3, heads, width, device=device, generator=random).to(dtype)
-    # Queries of one size for the class token: rounding then cannot change which patches are salient.
-    qkv[:: tokens // 2, 0] = qkv[:: tokens // 2, 0].sign()
-    weight = torch.randn(tokens, heads, width, device=device, generator=random)
-    valid = torch.rand(2, grid[0] * grid[1], device=device, generator=random) > 0.2
-    irpe = None if config is None else IRPE(config, width, heads, has_registers=True).to(device)
-    parameters = [] if irpe is None else list(irpe.parameters())
-    for table in parameters:
-        torch.nn.init.normal_(table, std=0.3, generator=random)
-    results = []
-    paths: list[tuple[Callable[..., Tensor], torch.dtype]] = [
-        (tiled_routed_attention, dtype),
-        (routed_attention, torch.float32),
-    ]
-    for attention, number in paths:
-        given = qkv.to(number, copy=True).requires_grad_()
-        out = attention(*given.unbind(1), TokenLayout(2, grid, prefix, valid=valid), irpe, window, salient)
-        results.append([out.detach(), *torch.autograd.grad((out.float() * weight).sum(), [given, *parameters])])
-    # By a tensor: its largest is NaN where one is.
-    return float(torch.stack([(got.float() - true).norm() / true.norm() for got, true in zip(*results)]).max())
+    return tried("routed attention in tiles", device, attempt, logger)

@@ -23,6 +23,7 @@ from cytossl_monai.networks.blocks.attention.tiled_kernels import (
     scores,
     seen_from_tile,
     slot_rows,
+    times,
     vectors,
 )
 
@@ -85,13 +86,13 @@ def backward_queries(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = seen_from_tile(q_row, q_place, k_row, k_place, slot, WINDOW)
         score, bucket = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            times(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
             prefix_bucket(k_place, first_bucket, other_bucket)[None, :],
             seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
-        _, of_score = of_scores(score, seen, lse[:, None], tl.dot(of_out, tl.trans(value)), delta[:, None])
-        of_query += tl.dot(of_score.to(key.dtype), key)
+        _, of_score = of_scores(score, seen, lse[:, None], times(of_out, tl.trans(value)), delta[:, None])
+        of_query += times(of_score.to(key.dtype), key)
         if BY_QUERY:
             mine = of_by_query_ptr + head.to(tl.int64) * rows * buckets
             tl.atomic_add(mine + (q_row[:, None] * buckets + bucket), of_score, mask=seen, sem="relaxed")
@@ -125,13 +126,13 @@ def backward_prefix(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = (q_row >= 0)[:, None] & (k_row >= 0)[None, :]
         score, bucket = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            times(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
             tl.minimum(q_bucket[:, None], prefix_bucket(k_place, first_bucket, other_bucket)[None, :]),
             seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
-        _, of_score = of_scores(score, seen, lse[:, None], tl.dot(of_out, tl.trans(value)), delta[:, None])
-        of_query += tl.dot(of_score.to(key.dtype), key)
+        _, of_score = of_scores(score, seen, lse[:, None], times(of_out, tl.trans(value)), delta[:, None])
+        of_query += times(of_score.to(key.dtype), key)
         if BY_QUERY:
             of_patches += tl.sum(tl.where((k_place >= 0)[None, :], of_score, 0.0), 1)
             mine = of_by_query_ptr + head.to(tl.int64) * rows * buckets
@@ -181,14 +182,14 @@ def backward_keys(
         seen = is_near(q_place[None, :], k_place[:, None], WINDOW) | (q_place < 0)[None, :]
         seen &= (k_row >= 0)[:, None] & (q_row >= 0)[None, :]
         score, bucket = scores(
-            tl.dot(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None],
+            times(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None],
             prefix_bucket(q_place, first_bucket, other_bucket)[None, :],
             seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
-        weight, of_score = of_scores(score, seen, lse[None, :], tl.dot(value, tl.trans(of_out)), delta[None, :])
-        of_value += tl.dot(weight.to(of_out.dtype), of_out)
-        of_key += tl.dot(of_score.to(query.dtype), query)
+        weight, of_score = of_scores(score, seen, lse[None, :], times(value, tl.trans(of_out)), delta[None, :])
+        of_value += times(weight.to(of_out.dtype), of_out)
+        of_key += times(of_score.to(query.dtype), query)
         if BY_KEY:
             mine = of_by_key_ptr + head.to(tl.int64) * rows * buckets
             tl.atomic_add(mine + (k_row[:, None] * buckets + bucket), of_score, mask=seen, sem="relaxed")
@@ -233,14 +234,14 @@ def backward_extras(
         seen = far | (k_place < 0)[:, None]
         seen &= (k_row >= 0)[:, None] & (q_row >= 0)[None, :]
         score, bucket = scores(
-            tl.dot(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None],
+            times(key, tl.trans(query)), q_row[None, :], q_place[None, :], k_row[:, None], k_place[:, None],
             tl.minimum(k_bucket[:, None], prefix_bucket(q_place, first_bucket, other_bucket)[None, :]),
             seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
         )  # fmt: skip
-        weight, of_score = of_scores(score, seen, lse[None, :], tl.dot(value, tl.trans(of_out)), delta[None, :])
-        of_value += tl.dot(weight.to(of_out.dtype), of_out)
-        of_key += tl.dot(of_score.to(query.dtype), query)
+        weight, of_score = of_scores(score, seen, lse[None, :], times(value, tl.trans(of_out)), delta[None, :])
+        of_value += times(weight.to(of_out.dtype), of_out)
+        of_key += times(of_score.to(query.dtype), query)
         if BY_KEY:
             one_bucket = (k_place < 0)[:, None] & (q_place >= 0)[None, :]
             of_patches += tl.sum(tl.where(one_bucket, of_score, 0.0), 1)

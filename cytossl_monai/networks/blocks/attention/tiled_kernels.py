@@ -26,6 +26,12 @@ NO_BUCKET = tl.constexpr(1 << 30)
 
 
 @triton.jit
+def times(left, right):
+    """Product of matrices; of float32 ones, which only tests have, without rounding to TF32."""
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
 def canvas_rows(canvas_ptr, tile, tile_rows, tile_cols, step, WINDOW: tl.constexpr, HALO: tl.constexpr):
     """Rows of a tile's own 64 patches (``HALO`` 0), or of its halo (``HALO`` the window), by their number ``step``."""
     across = tile_cols * TILE + 2 * WINDOW
@@ -138,7 +144,7 @@ def soften(score, seen, value, highest, total, mixed):
     weight = tl.exp2(score - new[:, None])
     fade = tl.exp2(highest - new)
     total = total * fade[:, None] + weight
-    mixed = mixed * fade[:, None] + tl.dot(weight.to(value.dtype), value)
+    mixed = mixed * fade[:, None] + times(weight.to(value.dtype), value)
     return new, total, mixed
 
 
@@ -178,7 +184,7 @@ def forward_patches(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = seen_from_tile(q_row, q_place, k_row, k_place, slot, WINDOW)
         score, _ = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            times(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
             prefix_bucket(k_place, first_bucket, other_bucket)[None, :],
             seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,
@@ -212,7 +218,7 @@ def forward_prefix(
         value = vectors(v_ptr, k_row, head, stride_row, stride_head, WIDTH)
         seen = (q_row >= 0)[:, None] & (k_row >= 0)[None, :]
         score, _ = scores(
-            tl.dot(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
+            times(query, tl.trans(key)), q_row[:, None], q_place[:, None], k_row[None, :], k_place[None, :],
             tl.minimum(q_bucket[:, None], prefix_bucket(k_place, first_bucket, other_bucket)[None, :]),
             seen, head, scale, bucket_ptr, reach,
             by_query_ptr, by_key_ptr, by_query_row, by_query_head, by_key_row, by_key_head, BY_QUERY, BY_KEY,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_kernels import SHARED, WANTED, device_of_kernels
 
+from cytossl_monai.networks.blocks import sparse_attention
 from cytossl_monai.networks.blocks.attention import tiled, tiled_ops
 from cytossl_monai.networks.blocks.attention.reference import reference_attention
 from cytossl_monai.networks.blocks.attention.routed import routed_attention
@@ -161,6 +162,27 @@ def test_packed_equals_each_image_alone(rpe: dict[str, object] | None, device: t
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     for a, b in zip(gradients(got, weight, qkv, irpe), gradients(wanted, weight, qkv, irpe)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("long_steps")
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_module_takes_it(packed: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SparseAttention(HEADS * WIDTH, HEADS, rpe={"on": "qk"}, sparsity="routed", num_salient=6, window=2)
+    for table in module.irpe.parameters() if module.irpe is not None else ():
+        torch.nn.init.normal_(table, std=0.5)
+    positions = torch.cat([torch.arange(20), torch.arange(54)]).to(device)
+    x = torch.randn(*((76,) if packed else (2, 55)), HEADS * WIDTH, device=device, requires_grad=True)
+    monkeypatch.setattr(sparse_attention, "tiles_pay", lambda *asked: True)
+    results = []
+    for own in (True, False):
+        monkeypatch.setattr(sparse_attention, "tiled_pays", lambda *asked, own=own: own)
+        layout = TokenLayout(2, (9, 6), 1)
+        if packed:
+            layout = TokenLayout(2, (9, 6), 1, positions=positions, counts=[20, 54])
+        out = module.to(device)(x, layout)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
+    for got, wanted in zip(*results):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("long_steps")

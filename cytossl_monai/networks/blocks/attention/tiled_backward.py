@@ -14,6 +14,7 @@ import triton.language as tl
 
 from cytossl_monai.networks.blocks.attention.tiled_kernels import (
     NO_BUCKET,
+    NUMBERS,
     TILE,
     canvas_rows,
     is_near,
@@ -58,7 +59,7 @@ def of_output(of_out_ptr, out_ptr, delta_ptr, row, head, rows, heads, WIDTH: tl.
     return of_out, delta
 
 
-@triton.jit(do_not_specialize=["rows", "extras"])
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_queries(
     q_ptr, k_ptr, v_ptr, by_query_ptr, by_key_ptr, canvas_ptr, extra_ptr, place_ptr, bucket_ptr,
     out_ptr, lse_ptr, of_out_ptr, delta_ptr, of_q_ptr, of_by_query_ptr,
@@ -99,7 +100,7 @@ def backward_queries(
     store_vectors(of_q_ptr, q_row, head, heads, of_query * scale, WIDTH)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_prefix(
     q_ptr, k_ptr, v_ptr, by_query_ptr, by_key_ptr, sequence_ptr, place_ptr, bucket_ptr,
     out_ptr, lse_ptr, of_out_ptr, delta_ptr, of_q_ptr, of_by_query_ptr,
@@ -145,7 +146,7 @@ def backward_prefix(
         tl.atomic_add(mine + (q_row * buckets + q_bucket), of_patches, mask=q_row >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_keys(
     q_ptr, k_ptr, v_ptr, by_query_ptr, by_key_ptr, canvas_ptr, sequence_ptr, place_ptr, bucket_ptr,
     lse_ptr, of_out_ptr, delta_ptr, of_k_ptr, of_v_ptr, of_by_key_ptr,
@@ -197,7 +198,7 @@ def backward_keys(
     store_vectors(of_v_ptr, k_row, head, heads, of_value, WIDTH)
 
 
-@triton.jit(do_not_specialize=["rows", "length", "extras", "parts"])
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_extras(
     q_ptr, k_ptr, v_ptr, by_query_ptr, by_key_ptr, extra_ptr, sequence_ptr, place_ptr, bucket_ptr,
     lse_ptr, of_out_ptr, delta_ptr, part_k_ptr, part_v_ptr, of_by_key_ptr,
@@ -258,7 +259,7 @@ def backward_extras(
         )
 
 
-@triton.jit(do_not_specialize=["extras", "parts"])
+@triton.jit(do_not_specialize=NUMBERS)
 def add_parts(
     extra_ptr, part_k_ptr, part_v_ptr, of_k_ptr, of_v_ptr, heads, extras, prefix, parts,
     WIDTH: tl.constexpr, EXTRAS: tl.constexpr,

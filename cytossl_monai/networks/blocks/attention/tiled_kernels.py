@@ -23,6 +23,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)
 # "Bucket" of a pair of patches where a prefix token's is asked for: above every bucket.
 NO_BUCKET = tl.constexpr(1 << 30)
+# For numbers that are 1 or divide by 16 Triton would build a kernel anew; packed batches have many lengths.
+NUMBERS = [
+    *("by_query_row", "by_query_head", "by_key_row", "by_key_head", "rows", "heads", "extras", "length", "prefix"),
+    *("tile_rows", "tile_cols", "reach", "first_bucket", "other_bucket", "buckets", "parts"),
+]
 
 
 @triton.jit
@@ -157,7 +162,7 @@ def finish(out_ptr, lse_ptr, row, head, rows, heads, highest, total, mixed, WIDT
     tl.store(lse_ptr + head * rows + row, highest + tl.log2(total), mask=row >= 0)
 
 
-@triton.jit(do_not_specialize=["rows", "extras"])
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_patches(
     q_ptr, k_ptr, v_ptr, by_query_ptr, by_key_ptr, canvas_ptr, extra_ptr, place_ptr, bucket_ptr, out_ptr, lse_ptr,
     stride_row, stride_head, by_query_row, by_query_head, by_key_row, by_key_head,
@@ -193,7 +198,7 @@ def forward_patches(
     finish(out_ptr, lse_ptr, q_row, head, rows, heads, highest, total, mixed, WIDTH)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_prefix(
     q_ptr, k_ptr, v_ptr, by_query_ptr, by_key_ptr, sequence_ptr, place_ptr, bucket_ptr, out_ptr, lse_ptr,
     stride_row, stride_head, by_query_row, by_query_head, by_key_row, by_key_head,
@@ -227,7 +232,7 @@ def forward_prefix(
     finish(out_ptr, lse_ptr, q_row, head, rows, heads, highest, total, mixed, WIDTH)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=NUMBERS)
 def class_scores(
     q_ptr, k_ptr, sequence_ptr, score_ptr, stride_row, stride_head, heads, length, prefix, scale,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr,

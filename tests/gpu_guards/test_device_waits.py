@@ -23,7 +23,9 @@ from cytossl_monai.transforms import BatchedNCP, ViewGenerator, nuclei_mask
 
 DRAWN_ON_HOST = ("block_masks", "kept_patches")
 SHARED = {
-    "transforms/nuclei/labels.py:_label_by_spreading: value read": 12,  # whether labels still spread, and their number
+    "transforms/nuclei/labels.py:_label_by_runs: nonzero": 3,  # runs of pixels: of levels, of regions, of nuclei
+    "transforms/nuclei/labels.py:_last_connected: value read": 3,  # whether all runs that touch are linked
+    "transforms/nuclei/labels.py:_label_by_runs: value read": 3,  # and how many components they make
     "transforms/nuclei/labels.py:label_levels: nonzero": 1,  # rows that are not empty
     "transforms/nuclei/labels.py:label_levels: value read": 1,  # and how many they are
     "transforms/nuclei/labels.py:label_levels: copy to the host": 1,  # regions of each level

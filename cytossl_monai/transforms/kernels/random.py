@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cytossl_monai.transforms.kernels.device import made_once, to_device
+
 __all__ = ["draw_seeds", "hash_noise", "hash_uniform", "mix64"]
 
 
@@ -44,10 +46,20 @@ def mix64(x: Tensor) -> Tensor:
     Returns:
         int64 tensor of the same shape. Multiplications wrap around, as they do in C for unsigned integers.
     """
-    x = x.clone()
+    return mix64_(x.clone())
+
+
+def mix64_(x: Tensor) -> Tensor:
+    """:func:`mix64` in place."""
     _xor_shift_(x, 30).mul_(_MIX_1)
     _xor_shift_(x, 27).mul_(_MIX_2)
     return _xor_shift_(x, 31)
+
+
+@made_once
+def _positions(count: int, device: torch.device) -> Tensor:
+    """(count,) int64: what tells the numbers of one seed and stream apart."""
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
 
 
 def draw_seeds(count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -75,12 +87,13 @@ def hash_uniform(seeds: Tensor, stream: int, count: int) -> Tensor:
     Returns:
         (B, count) float64 in [0, 1), on the seeds' device.
     """
-    position = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device) * _GOLDEN
-    keys = mix64(mix64(seeds + _stream_key(stream)).unsqueeze(1) + position)
+    keys = mix64_(mix64_(seeds + _stream_key(stream)).unsqueeze(1) + _positions(count, seeds.device))
     return ((keys >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
 
 
-def hash_noise(seeds: Tensor, stream: int, channels: int, height: int, width: int) -> Tensor:
+def hash_noise(
+    seeds: Tensor, stream: int, channels: int, height: int, width: int, device: torch.device | None = None
+) -> Tensor:
     """White noise fields, near to normal.
 
     Each value is the sum of three uniform 7-bit numbers, centred and scaled: exact integer arithmetic, hence equal
@@ -92,21 +105,24 @@ def hash_noise(seeds: Tensor, stream: int, channels: int, height: int, width: in
         channels: independent fields a sample.
         height: rows.
         width: columns.
+        device: where the noise is wanted; None is the seeds' own.
 
     Returns:
-        (B, channels, height, width) float32, on the seeds' device.
+        (B, channels, height, width) float32.
     """
-    pixel = torch.arange(1, height * width + 1, dtype=torch.int64, device=seeds.device) * _GOLDEN
-    out = torch.empty(len(seeds), channels, height * width, device=seeds.device)
+    device = seeds.device if device is None else device
+    pixel = _positions(height * width, device)
+    out = torch.empty(len(seeds), channels, height * width, device=device)
     every_third = 127 | 127 << 21 | 127 << 42
     for first in range(0, channels, 3):  # one hash holds three channels of three numbers
-        keys = mix64(mix64(seeds + _stream_key(stream + first)).unsqueeze(1) + pixel)
+        keys = mix64_(to_device(mix64(seeds + _stream_key(stream + first)), device).unsqueeze(1) + pixel)
         fields = keys & every_third
         for _ in range(2):
             keys >>= 7
             fields += keys & every_third
         for channel in range(first, min(first + 3, channels)):
             out[:, channel] = fields & 511
-            fields >>= 21
+            if channel + 1 < channels:
+                fields >>= 21
     # A uniform number of {0..127} has the variance (128^2 - 1) / 12; three of them have the mean 190.5.
     return out.sub_(190.5).mul_(((128**2 - 1) / 4) ** -0.5).view(len(seeds), channels, height, width)

@@ -1,7 +1,7 @@
 """Batched kernels of Nuclei-Centered Perturbation and of the views.
 
 Every kernel takes float32 images (B, C, H, W) in [0, 1] with C = 3 (RGB) or 1 (grey) and one parameter a sample, works
-on the images' device, has no loop over samples and, but for ``keep_nuclei_``, never writes to its input. Those that
+on the images' device, has no loop over samples and, but for those that end in ``_``, never writes to its input. Those that
 need space-filling random numbers take one integer seed a sample (see `cytossl_monai.transforms.kernels.random`). All of
 them treat a sample as if it were alone: what a sample becomes does not depend on its neighbours in the batch.
 """
@@ -20,6 +20,7 @@ from cytossl_monai.transforms.ncp.plate import (
     glass_colour,
     keep_nuclei_,
     nuclear_weight,
+    paint_over_,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "glass_colour",
     "keep_nuclei_",
     "nuclear_weight",
+    "paint_over_",
     "shuffle_patches",
     "swap_background",
 ]
@@ -49,7 +51,7 @@ def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    field = hash_noise(to_device(seeds, image.device), _NOISE_STREAM, *image.shape[1:])
+    field = hash_noise(seeds, _NOISE_STREAM, *image.shape[1:], device=image.device)
     return field.mul_(per_sample(std, image)).add_(image).clamp_(0.0, 1.0)
 
 
@@ -136,19 +138,13 @@ def cut_out(image: Tensor, amount: Tensor, seeds: Tensor, colour: Tensor, count:
         (B, C, H, W) float32.
     """
     batch, _, height, width = image.shape
-    drawn = hash_uniform(seeds.cpu(), _CUTOUT_STREAM, 4 * count).view(batch, count, 4)
+    drawn = hash_uniform(seeds.cpu(), _CUTOUT_STREAM, 4 * count).view(batch, count, 4, 1)
+    much = amount.to(device="cpu", dtype=torch.float64).view(-1, 1, 1)
     inside = []
     for axis, length in ((0, height), (1, width)):
-        centre = drawn[..., axis] * length
-        half = (
-            0.5
-            * length
-            * amount.to(device="cpu", dtype=torch.float64).unsqueeze(1)
-            * (0.5 + 0.5 * drawn[..., 2 + axis])
-        )
-        at = torch.arange(length, dtype=torch.float64) + 0.5
-        inside.append(to_device((at - centre.unsqueeze(-1)).abs() <= half.unsqueeze(-1), image.device))
-    hit = torch.zeros(batch, 1, height, width, dtype=torch.bool, device=image.device)
-    for rows, columns in zip(inside[0].unbind(1), inside[1].unbind(1), strict=True):
-        hit |= rows.view(batch, 1, height, 1) & columns.view(batch, 1, 1, width)
-    return torch.lerp(image, colour.expand_as(image), hit.to(torch.float32))
+        centre = drawn[:, :, axis] * length
+        half = 0.5 * length * much * (0.5 + 0.5 * drawn[:, :, 2 + axis])
+        inside.append((torch.arange(length, dtype=torch.float64) + 0.5 - centre).abs() <= half)
+    rows, columns = to_device(torch.cat(inside, 2), image.device).split([height, width], 2)
+    hit = (rows.unsqueeze(3) & columns.unsqueeze(2)).any(1, keepdim=True)
+    return torch.where(hit, colour, image)

@@ -115,10 +115,13 @@ class Draw:
 
     def active(self) -> Tensor:
         """(B,) bool: samples that at least one op acts on."""
-        hit = torch.zeros(len(self.seeds), dtype=torch.bool)
-        for amount in self.amounts.values():
-            hit |= amount > 0
-        return hit
+        if not self.amounts:
+            return torch.zeros(len(self.seeds), dtype=torch.bool)
+        return (torch.stack(list(self.amounts.values())) > 0).any(0)
+
+    def acts(self, name: str) -> bool:
+        """Whether an op acts on any sample."""
+        return name in self.amounts and bool((self.amounts[name] > 0).any())
 
 
 class NCPSettings:

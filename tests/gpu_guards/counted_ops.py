@@ -57,7 +57,9 @@ class CountedDevice(PretendDevice):
         if _starts_something(function, given, made):
             own = any(isinstance(value, OnDevice) for value in given + made)
             name = str(function)
-            (self.device if own else self.host).add(f"{line()}: {name.removeprefix('aten.')}", _bytes(name, given, made))
+            (self.device if own else self.host).add(
+                f"{line()}: {name.removeprefix('aten.')}", _bytes(name, given, made)
+            )
         return result
 
 

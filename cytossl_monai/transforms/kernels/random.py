@@ -9,12 +9,13 @@ number generators", OOPSLA 2014).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.device import made_once, to_device
 
-__all__ = ["draw_seeds", "hash_noise", "hash_uniform", "mix64"]
+__all__ = ["draw_seeds", "hash_noise", "hash_uniform", "hash_uniforms", "mix64"]
 
 
 def _signed(value: int) -> int:
@@ -24,9 +25,10 @@ def _signed(value: int) -> int:
 
 def _stream_key(stream: int) -> int:
     """A far-apart offset for every stream."""
-    return _signed(stream * 0xBF58476D1CE4E5B9 & (1 << 64) - 1)
+    return _signed(stream * 0xBF58476D1CE4E5B9 & _ALL_BITS)
 
 
+_ALL_BITS = (1 << 64) - 1
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
@@ -51,6 +53,13 @@ def mix64(x: Tensor) -> Tensor:
 
 def mix64_(x: Tensor) -> Tensor:
     """:func:`mix64` in place."""
+    if x.device.type == "cpu":  # NumPy shifts unsigned integers, and is called in a fraction of the time
+        bits = x.numpy().view(np.uint64)
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+            bits ^= bits >> np.uint64(shift)
+            bits *= np.uint64(factor & _ALL_BITS)
+        bits ^= bits >> np.uint64(31)
+        return x
     _xor_shift_(x, 30).mul_(_MIX_1)
     _xor_shift_(x, 27).mul_(_MIX_2)
     return _xor_shift_(x, 31)
@@ -87,8 +96,20 @@ def hash_uniform(seeds: Tensor, stream: int, count: int) -> Tensor:
     Returns:
         (B, count) float64 in [0, 1), on the seeds' device.
     """
-    keys = mix64_(mix64_(seeds + _stream_key(stream)).unsqueeze(1) + _positions(count, seeds.device))
-    return ((keys >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+    return hash_uniforms(seeds, (stream,), count)[0]
+
+
+def hash_uniforms(seeds: Tensor, streams: tuple[int, ...], count: int) -> Tensor:
+    """The numbers of :func:`hash_uniform` of several streams at once: (S, B, count) float64."""
+    keys = mix64_(seeds + _stream_keys(streams, seeds.device))
+    keys = mix64_(keys.unsqueeze(2) + _positions(count, seeds.device))
+    return ((keys >> 11) & ((1 << 53) - 1)).to(torch.float64).mul_(2.0**-53)
+
+
+@made_once
+def _stream_keys(streams: tuple[int, ...], device: torch.device) -> Tensor:
+    """(S, 1) int64."""
+    return to_device(torch.tensor([[_stream_key(stream)] for stream in streams], dtype=torch.int64), device)
 
 
 def hash_noise(

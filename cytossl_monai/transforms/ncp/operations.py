@@ -145,6 +145,6 @@ def cut_out(image: Tensor, amount: Tensor, seeds: Tensor, colour: Tensor, count:
         centre = drawn[:, :, axis] * length
         half = 0.5 * length * much * (0.5 + 0.5 * drawn[:, :, 2 + axis])
         inside.append((torch.arange(length, dtype=torch.float64) + 0.5 - centre).abs() <= half)
-    rows, columns = to_device(torch.cat(inside, 2), image.device).split([height, width], 2)
-    hit = (rows.unsqueeze(3) & columns.unsqueeze(2)).any(1, keepdim=True)
-    return torch.where(hit, colour, image)
+    rows, columns = to_device(torch.cat(inside, 2).to(torch.float32), image.device).split([height, width], 2)
+    hits = torch.bmm(rows.transpose(1, 2), columns).unsqueeze(1)  # in how many rectangles a pixel lies
+    return torch.where(hits > 0, colour, image)

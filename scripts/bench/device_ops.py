@@ -37,10 +37,15 @@ def counted(work: Callable[[], Any]) -> CountedDevice:
 
 def told(name: str, counter: CountedDevice, lines: int, by: str) -> None:
     """The sums, and the lines and functions that ask for most."""
-    for where, ops in (("device", counter.device), ("host", counter.host)):
-        total, touched = sum(ops.count.values()), sum(ops.touched.values())
-        print(f"{name}: {total} operations of the {where}, {touched / 1e6:.1f} MB")
-        if lines and where in by:
+    kinds = {"device": counter.device, "host": counter.host, "looks": counter.looks}
+    sums = {kind: (sum(ops.count.values()), sum(ops.touched.values()) / 1e6) for kind, ops in kinds.items()}
+    (device, of_device), (host, of_host), (looks, _) = sums.values()
+    print(
+        f"{name}: {device} operations of the device on {of_device:.0f} MB, {host} of the host on {of_host:.1f} MB, "
+        f"{looks} that move nothing"
+    )
+    for kind, ops in kinds.items():
+        if lines and kind in by:
             for key, of in most(ops, lines, by):
                 print(f"    {of:12.6g}  {key}")
 
@@ -60,7 +65,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--local", type=int, default=8, help="local views")
     parser.add_argument("--lines", type=int, default=0, help="tell so many functions and lines that ask for most")
-    parser.add_argument("--by", default="device", choices=["device", "host", "device bytes"], help="of what")
+    parser.add_argument("--by", default="device", choices=["device", "host", "looks", "device bytes"], help="of what")
     parser.add_argument("--preset", nargs="+", default=["default", "published"])
     args = parser.parse_args()
     for batch in args.batch:

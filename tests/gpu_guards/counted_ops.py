@@ -44,22 +44,26 @@ class CountedDevice(PretendDevice):
     Attributes:
         device: those of the device, copies to and from it among them.
         host: those on tensors of the host, which cost the host time as well.
+        looks: those that only look at memory in another way or ask for some, on either.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.device = Ops()
         self.host = Ops()
+        self.looks = Ops()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(function, types, args, kwargs)
         given, made = _tensors((args, kwargs)), _tensors(result)
-        if _starts_something(function, given, made):
-            own = any(isinstance(value, OnDevice) for value in given + made)
-            name = str(function)
-            (self.device if own else self.host).add(
-                f"{line()}: {name.removeprefix('aten.')}", _bytes(name, given, made)
-            )
+        name = str(function)
+        place = f"{line()}: {name.removeprefix('aten.')}"
+        if not _starts_something(function, given, made):
+            self.looks.add(place, 0)
+        elif any(isinstance(value, OnDevice) for value in given + made):
+            self.device.add(place, _bytes(name, given, made))
+        else:
+            self.host.add(place, _bytes(name, given, made))
         return result
 
 

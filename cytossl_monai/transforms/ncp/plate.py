@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.device import made_once, to_device
+from cytossl_monai.transforms.kernels.resampling import shifted
 
 __all__ = ["NuclearPixels", "background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight", "paint_over_"]
 
@@ -66,17 +67,16 @@ def _lower_envelope(values: Tensor, dim: int, radius: int, far: int) -> Tensor:
     if radius < 1:
         return values
     padded = F.pad(values, (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0), value=far)
-    shifted = padded.unfold(dim, values.shape[dim], 1).movedim(dim, 0)
-    shifted = shifted.transpose(-1, -2) if dim == 2 else shifted
+    copies = shifted(padded, dim, values.shape[dim])
     if values.device.type == "cpu":  # where ``amin`` takes integers one by one
         least = values.clone()
         for step in range(1, radius + 1):
-            nearer = torch.minimum(shifted[radius - step], shifted[radius + step]).add_(step * step)
+            nearer = torch.minimum(copies[radius - step], copies[radius + step]).add_(step * step)
             torch.minimum(least, nearer, out=least)
         return least
     squares = _squares(radius, values.dtype, values.device)
     blocks = [slice(first, first + _SHIFTS) for first in range(0, 2 * radius + 1, _SHIFTS)]
-    return functools.reduce(torch.minimum, [(shifted[some] + squares[some]).amin(0) for some in blocks])
+    return functools.reduce(torch.minimum, [(copies[some] + squares[some]).amin(0) for some in blocks])
 
 
 @made_once

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 __all__ = ["LevelLabels", "among_neighbours", "label_levels", "label_planes"]
 
-_ROUNDS = 5  # between two looks at whether all is linked: to look, the host waits; a round too many changes nothing
+_ROUNDS = 3  # between two looks at whether all is linked: to look, the host waits; a round too many changes nothing
 
 _IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
 _IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
@@ -93,16 +93,18 @@ def _last_connected(begin: torch.Tensor, end: torch.Tensor, pitch: int) -> torch
     # on its side, and finds it when it looks there itself.
     first = torch.searchsorted(end, torch.stack([begin + pitch, begin - pitch]), right=True)
     last = torch.searchsorted(begin, torch.stack([end + pitch, end - pitch])) - 1
-    linked = torch.where(first <= last, torch.stack([first, last]), own).view(4, -1)
+    linked = torch.where(first <= last, torch.stack([first, last]), own)
+    linked = torch.cat([linked.flatten(0, 1), own.unsqueeze(0)])
     root = own
     while True:
         theirs = root[linked]
         for _ in range(_ROUNDS):
-            # What either end of a link points at learns of the higher one; then all look where they are pointed to.
-            higher = torch.maximum(theirs, root)
-            learned = root.scatter_reduce(0, theirs.flatten(), higher.flatten(), "amax")
-            learned.scatter_reduce_(0, root, higher.amax(0), "amax")
-            root = learned[learned[root]]
+            # Whatever a run and those it touches point at learns of the highest; then all go where they are pointed to.
+            highest = theirs.amax(0).repeat(len(linked))
+            learned = root.scatter_reduce(0, theirs.flatten(), highest, "amax")
+            for _ in range(2):
+                learned = learned[learned]
+            root = learned[root]
             theirs = root[linked]
         if torch.equal(theirs, root.expand_as(theirs)):
             return root

@@ -37,6 +37,8 @@ class CropBoxes:
 
     def of(self, rows: Tensor | slice) -> CropBoxes:
         """The boxes of some samples."""
+        if isinstance(rows, slice) and rows == slice(0, len(self.centre)):
+            return self
         return CropBoxes(self.centre[rows], self.size[rows], self.sides[rows])
 
     def split(self, size: int) -> list[CropBoxes]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.chunks import chunks
-from cytossl_monai.transforms.kernels.device import to_device
+from cytossl_monai.transforms.kernels.device import made_once, to_device
 from cytossl_monai.transforms.kernels.random import hash_uniform, mix64
 from cytossl_monai.transforms.nuclei.centres import NucleiCentres
 
@@ -76,7 +77,7 @@ def kept_discs(nuclei: NucleiCentres, retained: Tensor, radius: Tensor, height: 
     return kept
 
 
-def _scattered_order(seeds: Tensor, count: int) -> Tensor:
+def _scattered_order(seeds: Tensor, count: int, device: torch.device) -> Tensor:
     """For every seed a permutation of ``count`` numbers, (B, 2**k) int32; those from ``count`` on are to be left out.
 
     Rounds of multiplications by odd numbers and shifts, each of which maps the numbers below a power of two onto
@@ -86,13 +87,20 @@ def _scattered_order(seeds: Tensor, count: int) -> Tensor:
     low = (1 << bits) - 1
     half = (bits + 1) // 2
     # Products wrap around at 32 bits, which leaves the bits below as they are.
-    keys = (mix64(seeds.unsqueeze(1) + _EXCHANGE_STREAM + torch.arange(8, device=seeds.device)) & low).int()
-    x = torch.arange(low + 1, device=seeds.device, dtype=torch.int32).expand(len(seeds), -1).contiguous()
-    for turn in range(4):
-        x.mul_(keys[:, 2 * turn : 2 * turn + 1] | 1).add_(keys[:, 2 * turn + 1 : 2 * turn + 2])
-        x.bitwise_and_(low)
+    keys = (mix64(seeds.unsqueeze(1) + _EXCHANGE_STREAM + torch.arange(8)) & low).int()
+    keys[:, ::2] |= 1
+    factors = to_device(keys, device).unsqueeze(2).unbind(1)
+    x = _numbers(low + 1, device)
+    for factor, summand in zip(factors[::2], factors[1::2], strict=True):
+        x = torch.addcmul(summand, x, factor).bitwise_and_(low)
         x.bitwise_xor_(x >> half)
     return x
+
+
+@made_once
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """(count,) int32: 0, 1, 2, ..."""
+    return torch.arange(count, device=device, dtype=torch.int32)
 
 
 def exchange_outside(image: Tensor, kept: Tensor, block: Tensor, fraction: Tensor, seeds: Tensor) -> Tensor:
@@ -115,25 +123,26 @@ def exchange_outside(image: Tensor, kept: Tensor, block: Tensor, fraction: Tenso
     """
     _, channels, height, width = image.shape
     side = block.cpu().double().round().long().clamp(1, max(1, min(height, width) // 2))
-    out = image.clone(memory_format=torch.contiguous_format)
-    plane = height * width
-    flat, original = out.view(-1), image.reshape(-1)
-    for length in sorted(set(side.tolist())):  # a loop over sizes, mostly one
-        at = (side == length).nonzero().squeeze(1)
-        for part in chunks(kept[to_device(at, image.device)]):
-            rows = at[part]
-            on_device = to_device(rows, image.device)
-            dest, source = _exchanged(~kept[on_device, 0], length, fraction[rows].cpu(), seeds[rows])
-            sample = torch.div(dest, plane, rounding_mode="floor")
-            first = on_device[sample] * (channels * plane) - sample * plane
-            dest, source = dest + first, source + first
-            for channel in range(channels):
-                flat[dest + channel * plane] = original[source + channel * plane]
+    out = torch.empty_like(image, memory_format=torch.contiguous_format)
+    fraction, seeds = fraction.cpu(), seeds.cpu()
+    sizes = sorted(set(side.tolist()))
+    for length in sizes:  # a loop over sizes, mostly one
+        rows = (side == length).nonzero().squeeze(1)
+        at = to_device(rows, image.device)
+        some = (image, kept) if len(sizes) == 1 else (image.index_select(0, at), kept.index_select(0, at))
+        for part in chunks(some[0]):
+            here, outside = some[0][part], ~some[1][part, 0]
+            source = _sources(outside, length, fraction[rows[part]], seeds[rows[part]])
+            source = source.unsqueeze(1).expand(-1, channels, -1)
+            moved = here.flatten(2).gather(2, source).view_as(here)
+            if len(moved) == len(out):
+                return moved
+            out.index_copy_(0, at[part], moved)
     return out
 
 
-def _exchanged(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Where to and where from: two (Q,) int64, positions in the flattened (n, H, W) planes.
+def _sources(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) -> Tensor:
+    """From where each pixel takes its colour: (n, H * W) int64, positions in the flattened plane.
 
     Args:
         outside: (n, H, W) bool.
@@ -145,38 +154,42 @@ def _exchanged(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) ->
     device = outside.device
     rows, columns = -(-height // length), -(-width // length)
     blocks = rows * columns
-    order = _scattered_order(to_device(seeds, device), blocks)
-    real = order < blocks
-    order = order.clamp(max=blocks - 1)
+    order = _scattered_order(seeds, blocks, device)
     if bool((fraction < 1).any()):
-        part = hash_uniform(seeds, _TAKE_PART_STREAM, blocks) < fraction.unsqueeze(1)
-        real &= to_device(part, device).gather(1, order)
+        part = to_device(hash_uniform(seeds, _TAKE_PART_STREAM, blocks) < fraction.unsqueeze(1), device)
+        part = part.view(count, rows, 1, columns, 1).expand(-1, -1, length, -1, length)
+        outside = outside & part.reshape(count, rows * length, columns * length)[:, :height, :width]
+    pitch = order.shape[1] if length == 1 else height * width
+    first = _numbers(count, device).long().unsqueeze(1) * pitch
     if length == 1:
-        first = torch.arange(count, device=device).unsqueeze(1) * (height * width)
+        # What is to be left out of the order finds that it does not lie outside.
+        flags = F.pad(outside.flatten(1), (0, pitch - blocks))
         position = order + first
-        ring = outside.flatten()[position] & real
-        return _turned(position[ring], ring)
-    # Corners of the blocks in the order of the round; then, for each offset in a block, the pixels along the round.
-    top = torch.div(order, columns, rounding_mode="floor") * length
-    left = order.remainder(columns) * length
-    offset = torch.arange(length, device=device)
-    y = top.view(count, 1, 1, -1) + offset.view(1, -1, 1, 1)
-    x = left.view(count, 1, 1, -1) + offset.view(1, 1, -1, 1)
-    inside_tile = (y < height) & (x < width) & real.view(count, 1, 1, -1)
-    position = y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
-    position = position + torch.arange(count, device=device).view(-1, 1, 1, 1) * (height * width)
-    takes_part = outside.flatten()[position] & inside_tile
-    ring = takes_part.flatten(0, 2)
-    return _turned(position.flatten(0, 2)[ring], ring)
+        ring = flags.flatten()[position]
+    else:
+        # Corners of the blocks in the order of the round; then, for each offset in a block, the pixels along the round.
+        real = order < blocks
+        order = order.clamp(max=blocks - 1)
+        top = torch.div(order, columns, rounding_mode="floor") * length
+        left = order.remainder(columns) * length
+        offset = torch.arange(length, device=device)
+        y = top.view(count, 1, 1, -1) + offset.view(1, -1, 1, 1)
+        x = left.view(count, 1, 1, -1) + offset.view(1, 1, -1, 1)
+        inside_tile = (y < height) & (x < width) & real.view(count, 1, 1, -1)
+        position = y.clamp(max=height - 1) * width + x.clamp(max=width - 1) + first.view(-1, 1, 1, 1)
+        ring = (outside.flatten()[position] & inside_tile).flatten(0, 2)
+        position = position.flatten(0, 2)
+    source = torch.arange(pitch, device=device).repeat(count, 1)
+    taking = position[ring]
+    source.view(-1)[taking] = taking[_following(ring, len(taking))].remainder(pitch)
+    return source[:, : height * width]
 
 
-def _turned(dest: Tensor, ring: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions on their rounds, row after row of ``ring`` (R, L), and those that come next on the same round."""
-    if not len(dest):
-        return dest, dest
+def _following(ring: Tensor, count: int) -> Tensor:
+    """For the pixels on their rounds, row after row of ``ring`` (R, L), which come next on the same round: (count,)."""
     counts = ring.sum(1)
-    counts = counts[counts > 0]
-    last = counts.cumsum(0) - 1
-    following = torch.arange(1, len(dest) + 1, device=dest.device)
-    following[last] = last + 1 - counts
-    return dest, dest[following]
+    end = counts.cumsum(0)
+    # The last of each round is followed by its first; an empty one has neither.
+    first = torch.where(counts > 0, end - counts, count)
+    following = torch.arange(1, count + 1, device=ring.device)
+    return following.scatter_reduce_(0, (end - 1).clamp_(0, max(count - 1, 0)), first, "amin") if count else following

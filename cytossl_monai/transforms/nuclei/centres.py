@@ -113,14 +113,16 @@ class NucleiCentres:
         Args:
             rows: (n,) int64 on the CPU, the tiles to take, in this order.
         """
+        if len(rows) == self.batch and torch.equal(rows, torch.arange(self.batch)):
+            return self
         counts, first = self.counts()[rows], self.first()[rows]
         sample = torch.repeat_interleave(torch.arange(len(rows)), counts)
         starts = counts.cumsum(0) - counts
         taken = torch.arange(len(sample)) - starts[sample] + first[sample]
         labels = None
         if self.labels is not None:
-            part = self.labels.index_select(0, to_device(rows, self.labels.device)).long()
-            shift = to_device(starts - first, part.device).view(-1, 1, 1)
+            part = self.labels.index_select(0, to_device(rows, self.labels.device))
+            shift = to_device((starts - first).to(part.dtype), part.device).view(-1, 1, 1)
             labels = torch.where(part > 0, part + shift, 0)
         return NucleiCentres(self.xy[taken], sample, len(rows), labels)
 

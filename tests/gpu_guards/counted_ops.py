@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 ONLY_MEMORY = ("aten.empty", "aten.new_empty", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.set_")
+OVERWRITING = ("aten.copy_", "aten.fill_", "aten.zero_")
 PICKING = ("aten.index.", "aten.index_select", "aten.gather")
 PUTTING = ("aten.index_put", "aten._index_put_impl", "aten.index_copy", "aten.scatter", "aten.index_add")
 
@@ -66,6 +67,10 @@ class CountedDevice(PretendDevice):
             self.host.add(place, _bytes(name, given, made))
         return result
 
+    def named(self) -> int:
+        """How many calls of PyTorch the host makes in all."""
+        return sum(ops.count.total() for ops in (self.device, self.host, self.looks))
+
 
 def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
@@ -93,12 +98,13 @@ def _size(value: Tensor) -> int:
 
 
 def _bytes(name: str, given: list[Tensor], made: list[Tensor]) -> int:
+    """What is read and what is written, each once."""
     if name.startswith(PICKING):  # of what is picked from only what is taken
         return 2 * sum(map(_size, made)) + sum(map(_size, given[1:]))
     if name.startswith(PUTTING):
         return sum(map(_size, given[1:])) + _size(given[-1])
-    written = [value for value in made if not any(value is one for one in given)]
-    return sum(map(_size, given)) + sum(map(_size, written))
+    overwritten = name.startswith(OVERWRITING) or name.split(".")[-1].endswith("out")
+    return sum(map(_size, made)) + sum(_size(one) for one in given if not (overwritten and one is made[0]))
 
 
 def line() -> str:

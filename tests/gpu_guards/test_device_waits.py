@@ -39,10 +39,9 @@ SHARED = {
 WAITS_OF_VIEWS: dict[str, dict[str, int]] = {
     "published": {
         **SHARED,
-        "transforms/ncp/exchange.py:_exchanged: boolean index": 1,  # pixels that change places
-        "transforms/ncp/exchange.py:_turned: boolean index": 1,  # tiles that have any
+        "transforms/ncp/exchange.py:_sources: boolean index": 1,  # pixels that change places
     },
-    "default": {**SHARED, "transforms/ncp/plate.py:of: nonzero": 2},  # nuclear pixels of tiles and of donors
+    "default": {**SHARED, "transforms/ncp/plate.py:of: nonzero": 1},  # nuclear pixels of tiles and of donors
 }
 """What the host waits for while it makes the views of a batch, however large it is and however many views are cut."""
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["grouped_sum", "made_once", "to_device"]
+__all__ = ["grouped_sum", "grouped_sums", "made_once", "to_device"]
 
 Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 
@@ -62,3 +62,10 @@ def grouped_sum(group: Tensor, values: Tensor | None, count: int) -> Tensor:
         return torch.bincount(group, weights=values, minlength=count).double()
     total = torch.zeros(count, dtype=torch.float64, device=group.device)
     return total.index_add_(0, group, torch.ones_like(group, dtype=torch.float64) if values is None else values)
+
+
+def grouped_sums(group: Tensor, values: Tensor, count: int) -> Tensor:
+    """:func:`grouped_sum` of several values of each: values (K, P) float64, sums (K, count) float64."""
+    if group.device.type == "cpu":
+        return torch.stack([grouped_sum(group, one, count) for one in values])
+    return torch.zeros(len(values), count, dtype=torch.float64, device=group.device).index_add_(1, group, values)

@@ -1,9 +1,9 @@
 """Batched kernels of Nuclei-Centered Perturbation and of the views.
 
 Every kernel takes float32 images (B, C, H, W) in [0, 1] with C = 3 (RGB) or 1 (grey) and one parameter a sample, works
-on the images' device, has no loop over samples and, but for those that end in ``_``, never writes to its input. Those that
-need space-filling random numbers take one integer seed a sample (see `cytossl_monai.transforms.kernels.random`). All of
-them treat a sample as if it were alone: what a sample becomes does not depend on its neighbours in the batch.
+on the images' device, has no loop over samples and, but for those that end in ``_``, never writes to its input. Those
+that need space-filling random numbers take one integer seed a sample (see `cytossl_monai.transforms.kernels.random`).
+All of them treat a sample as if it were alone: what a sample becomes does not depend on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    field = hash_noise(seeds, _NOISE_STREAM, *image.shape[1:], device=image.device)
+    channels, height, width = image.shape[1:]
+    field = hash_noise(seeds, _NOISE_STREAM, channels, height, width, image.device)
     return field.mul_(per_sample(std, image)).add_(image).clamp_(0.0, 1.0)
 
 

@@ -116,7 +116,10 @@ def _what_stays(
     at: Tensor,
     images: Tensor,
 ) -> Tensor:
-    """(n, 1, H, W) bool: the pixels of the samples ``rows`` that leave as they came, margins not counted; ``at`` are the same on the device."""
+    """(n, 1, H, W) bool: the pixels of the samples ``rows`` that leave as they came, margins not counted.
+
+    ``rows`` lie on the CPU, ``at`` are the same on the images' device.
+    """
     if not settings.by_nucleus or nuclei is None:
         assert masks is not None
         return masks.index_select(0, at)

@@ -203,7 +203,7 @@ def paint_over_(image: Tensor, weight: Tensor, pixels: NuclearPixels) -> Tensor:
 
 def _filled(image: Tensor, weight: Tensor) -> Tensor:
     """Colours around nuclei on a coarse grid, a node each ``_FILL_STRIDE`` pixels: (B, C, h, w) float32."""
-    batch, channels, height, width = image.shape
+    batch, channels = image.shape[:2]
     # Of means over 8 x 8 pixels, every second row tells as much. The last channel is how much of a pixel is known.
     known = 1.0 - weight[..., ::2, :]
     level = torch.empty(batch, channels + 1, *known.shape[-2:], device=image.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cytossl_monai.transforms.kernels.device import grouped_sum, to_device
+from cytossl_monai.transforms.kernels.device import grouped_sums, to_device
 from cytossl_monai.transforms.nuclei.labels import label_planes
 
 __all__ = ["NucleiCentres"]
@@ -82,14 +82,14 @@ class NucleiCentres:
         flat = labels.flatten()
         inside = flat.nonzero().squeeze(1)
         owner = flat[inside].long() - 1
-        row = torch.div(inside, width, rounding_mode="floor")
-        columns, rows = (inside - row * width).double(), row.remainder(height).double()
-        first = torch.zeros(count, dtype=torch.float64, device=labels.device)
-        first[owner] = torch.div(row, height, rounding_mode="floor").double()
+        line = torch.div(inside, width, rounding_mode="floor")
+        tile = torch.div(line, height, rounding_mode="floor")
+        column, row = torch.sub(inside, line, alpha=width), torch.sub(line, tile, alpha=height)
+        values = torch.stack([column, row, tile, torch.ones_like(tile)]).double()
         # One copy to the host, where all that follows is decided.
-        found = torch.stack([*(grouped_sum(owner, values, count) for values in (columns, rows, None)), first]).cpu()
-        sample = found[3].long()
-        xy = found[:2].T / found[2].unsqueeze(1).clamp_min(1) + 0.5
+        *sums, pixels = grouped_sums(owner, values, count).cpu()
+        x, y, sample = (total / pixels.clamp_min(1) for total in sums)
+        xy, sample = torch.stack([x, y], 1) + 0.5, sample.long()
         order = torch.argsort(sample, stable=True)
         if bool((order[1:] < order[:-1]).any()):
             place = torch.empty_like(order)

@@ -303,7 +303,8 @@ class ViewGenerator(nn.Module):
 
         def of_each(pair: tuple[float, ...]) -> Tensor:
             """(V, 1): the first number for global views, the second for local ones."""
-            return torch.where(is_global, *(torch.tensor(value, dtype=torch.float64) for value in pair))
+            of_global, of_local = torch.tensor(pair, dtype=torch.float64)
+            return torch.where(is_global, of_global, of_local)
 
         nucleus = None
         if nuclei is not None:

@@ -139,6 +139,37 @@ def test_views_of_a_device_are_the_cpus_and_each_wait_is_named(ncp: str) -> None
     assert set(many.copies) == {"transforms/kernels/device.py:to_device: copy to the device"}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ops": {"swap": {"prob": 1, "strength": 1}, "stain": {"prob": 1, "strength": 1}}},  # of all tiles at once
+        {"ops": "strong", "margin_um": 9.0, "feather_um": 14.0},  # further than one look at shifted copies reaches
+        {"ops": "strong", "keep_radius_um": 6.0, "retain_prob": 0.5},
+        {"ops": {"exchange": {"prob": 1, "strength": 0.6}}, "block_um": 4.0, "random_amount": True},
+        {
+            "ops": {"exchange": {"prob": 0.7, "strength": 1}, "noise": {"prob": 0.5, "strength": 1}},
+            "keep_radius_um": 6.0,
+        },
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_ncp_of_a_device_is_the_cpus(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    images = tiles().repeat(3, 1, 1, 1)
+    masks = nuclei_mask(images, 0.5)
+    masks[1] = False
+    images = images - torch.randint(0, 40, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = images if dtype == torch.uint8 else (images / 255).to(dtype)
+    mpp, seeds, ncp = torch.tensor([0.5, 0.25, 0.4]).repeat(4), torch.arange(12), BatchedNCP(**settings)
+    here = ncp(images, masks, mpp, seeds=seeds)
+    with PretendDevice():
+        there = ncp(OnDevice(images), OnDevice(masks), mpp, seeds=seeds)
+        over = OnDevice(images.clone())
+        assert ncp(over, OnDevice(masks), mpp, seeds=seeds, out=over) is over
+    assert not torch.equal(here, images)
+    assert torch.equal(here, there.inner)
+    assert torch.equal(here, over.inner)
+
+
 def test_numbers_of_a_generator_on_the_device_come_in_one_copy() -> None:
     here, there, counter = views_on_device("published", 4, 2, DeviceGenerator())
     assert all(torch.equal(a, b.inner) for a, b in zip(here["global"], there["global"], strict=True))

@@ -22,10 +22,10 @@ Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
     """Remember tensors that follow from sizes and a device alone: nobody may write to them.
 
-    What a GPU would do in no time the host has to name again for every batch. A few sizes are remembered.
+    What a GPU would do in no time the host has to name again for every batch. The last few sizes are remembered.
     """
 
-    @functools.lru_cache(maxsize=32)
+    @functools.lru_cache(maxsize=8)
     @functools.wraps(make)
     def once(*args: object) -> Made:
         with torch.inference_mode(False):  # made for good: the next one who uses them may want gradients

@@ -129,13 +129,12 @@ def exchange_outside(image: Tensor, kept: Tensor, block: Tensor, fraction: Tenso
     for length in sizes:  # a loop over sizes, mostly one
         rows = (side == length).nonzero().squeeze(1)
         at = to_device(rows, image.device)
-        some = (image, kept) if len(sizes) == 1 else (image.index_select(0, at), kept.index_select(0, at))
-        for part in chunks(some[0]):
-            here, outside = some[0][part], ~some[1][part, 0]
-            source = _sources(outside, length, fraction[rows[part]], seeds[rows[part]])
+        images, stays = (image, kept) if len(sizes) == 1 else (image.index_select(0, at), kept.index_select(0, at))
+        for part in chunks(images):
+            source = _sources(~stays[part, 0], length, fraction[rows[part]], seeds[rows[part]])
             source = source.unsqueeze(1).expand(-1, channels, -1)
-            moved = here.flatten(2).gather(2, source).view_as(here)
-            if len(moved) == len(out):
+            moved = images[part].flatten(2).gather(2, source).view(-1, channels, height, width)
+            if len(moved) == len(image):
                 return moved
             out.index_copy_(0, at[part], moved)
     return out
@@ -151,7 +150,7 @@ def _sources(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) -> T
         seeds: (n,) int64 on the CPU.
     """
     count, height, width = outside.shape
-    device = outside.device
+    device, plane = outside.device, height * width
     rows, columns = -(-height // length), -(-width // length)
     blocks = rows * columns
     order = _scattered_order(seeds, blocks, device)
@@ -159,37 +158,61 @@ def _sources(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) -> T
         part = to_device(hash_uniform(seeds, _TAKE_PART_STREAM, blocks) < fraction.unsqueeze(1), device)
         part = part.view(count, rows, 1, columns, 1).expand(-1, -1, length, -1, length)
         outside = outside & part.reshape(count, rows * length, columns * length)[:, :height, :width]
-    pitch = order.shape[1] if length == 1 else height * width
-    first = _numbers(count, device).long().unsqueeze(1) * pitch
+    # Planes are laid out with so much room that every number in the order has a place, those to be left out as well.
+    pitch = max(plane, order.shape[1])
+    flags = F.pad(outside.flatten(1), (0, pitch - plane)).flatten()
+    first = torch.arange(0, count * pitch, pitch, device=device).unsqueeze(1)
     if length == 1:
-        # What is to be left out of the order finds that it does not lie outside.
-        flags = F.pad(outside.flatten(1), (0, pitch - blocks))
         position = order + first
-        ring = flags.flatten()[position]
+        ring = flags[position]
     else:
-        # Corners of the blocks in the order of the round; then, for each offset in a block, the pixels along the round.
-        real = order < blocks
-        order = order.clamp(max=blocks - 1)
-        top = torch.div(order, columns, rounding_mode="floor") * length
-        left = order.remainder(columns) * length
-        offset = torch.arange(length, device=device)
-        y = top.view(count, 1, 1, -1) + offset.view(1, -1, 1, 1)
-        x = left.view(count, 1, 1, -1) + offset.view(1, 1, -1, 1)
-        inside_tile = (y < height) & (x < width) & real.view(count, 1, 1, -1)
-        position = y.clamp(max=height - 1) * width + x.clamp(max=width - 1) + first.view(-1, 1, 1, 1)
-        ring = (outside.flatten()[position] & inside_tile).flatten(0, 2)
-        position = position.flatten(0, 2)
+        position, real = _block_pixels(order, length, height, width)
+        position = position + first.view(-1, 1, 1, 1)
+        ring = flags[position] & real
     source = torch.arange(pitch, device=device).repeat(count, 1)
     taking = position[ring]
-    source.view(-1)[taking] = taking[_following(ring, len(taking))].remainder(pitch)
-    return source[:, : height * width]
+    if len(taking):
+        source.view(-1)[taking] = taking[_following(ring.flatten(0, -2), len(taking))].remainder(pitch)
+    return source[:, :plane]
+
+
+def _block_pixels(order: Tensor, length: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """For each offset in a block the pixels of all blocks in the order of the round.
+
+    Args:
+        order: (n, L) integers, the blocks of each plane; those beyond the last one are to be left out.
+        length: side of a block.
+        height: of the planes.
+        width: of the planes.
+
+    Returns:
+        (n, length, length, L) int64, positions in the flattened plane; and which of them are real, bool.
+    """
+    rows, columns = -(-height // length), -(-width // length)
+    real = order < rows * columns
+    order = order.clamp(max=rows * columns - 1).long()
+    top = torch.div(order, columns, rounding_mode="floor") * length
+    left = order.remainder(columns) * length
+    offset = torch.arange(length, device=order.device)
+    y = top.view(len(order), 1, 1, -1) + offset.view(1, -1, 1, 1)
+    x = left.view(len(order), 1, 1, -1) + offset.view(1, 1, -1, 1)
+    inside_tile = (y < height) & (x < width) & real.view(len(order), 1, 1, -1)
+    return y.clamp(max=height - 1) * width + x.clamp(max=width - 1), inside_tile
 
 
 def _following(ring: Tensor, count: int) -> Tensor:
-    """For the pixels on their rounds, row after row of ``ring`` (R, L), which come next on the same round: (count,)."""
+    """Which pixel comes next on the same round.
+
+    Args:
+        ring: (R, L) bool, which pixels are on their rounds, a round in every row.
+        count: how many they are.
+
+    Returns:
+        (count,) int64: for each of them, row after row, the number of the one that comes next.
+    """
     counts = ring.sum(1)
     end = counts.cumsum(0)
-    # The last of each round is followed by its first; an empty one has neither.
-    first = torch.where(counts > 0, end - counts, count)
     following = torch.arange(1, count + 1, device=ring.device)
-    return following.scatter_reduce_(0, (end - 1).clamp_(0, max(count - 1, 0)), first, "amin") if count else following
+    # The last of each round is followed by its first. An empty round has none of both and must change nothing.
+    first = torch.where(counts > 0, end - counts, count)
+    return following.scatter_reduce_(0, (end - 1).clamp_min_(0), first, "amin")

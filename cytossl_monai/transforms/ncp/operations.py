@@ -82,7 +82,7 @@ def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tenso
     Returns:
         (B, C, H, W) float32.
     """
-    batch, channels, height, width = image.shape
+    batch, height, width = len(image), *image.shape[-2:]
     side = patch.to(device="cpu").round().to(torch.int64).clamp(1, max(1, min(height, width) // 2))
     count = (height // side) * (width // side)
     most = int(count.max())
@@ -95,20 +95,34 @@ def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tenso
     moved = to_device(torch.empty_like(to).scatter_(1, to, origin), image.device)
 
     out = image.clone(memory_format=torch.contiguous_format)
-    for length in sorted(set(side.tolist())):  # a loop over sizes, mostly few
-        where = (side == length).nonzero().squeeze(1)
-        rows, columns = height // length, width // length
-        at = to_device(where, image.device)
+    sizes = sorted(set(side.tolist()))
+    for length in sizes:  # a loop over sizes, mostly few
+        if len(sizes) == 1:
+            _move_patches_(out, moved, length)
+            break
+        at = to_device((side == length).nonzero().squeeze(1), image.device)
         part = image.index_select(0, at)
-        whole = part[..., : rows * length, : columns * length]
-        cut = whole.reshape(len(at), channels, rows, length, columns, length).permute(0, 2, 4, 1, 3, 5)
-        patches = cut.reshape(len(at) * rows * columns, channels, length, length)
-        first = torch.arange(len(at), device=image.device).unsqueeze(1) * (rows * columns)
-        source = moved.index_select(0, at)[:, : rows * columns] + first
-        taken = patches.index_select(0, source.flatten()).view(cut.shape).permute(0, 3, 1, 4, 2, 5)
-        whole.copy_(taken.reshape(whole.shape))
+        _move_patches_(part, moved.index_select(0, at), length)
         out.index_copy_(0, at, part)
     return out
+
+
+def _move_patches_(image: Tensor, source: Tensor, length: int) -> None:
+    """Replace each patch by another one, in place.
+
+    Args:
+        image: (n, C, H, W).
+        source: (n, P) int64, for each patch, row after row, the patch that it becomes.
+        length: side of a patch.
+    """
+    count, channels, height, width = image.shape
+    rows, columns = height // length, width // length
+    whole = image[..., : rows * length, : columns * length]
+    cut = whole.unflatten(-1, (columns, length)).unflatten(2, (rows, length)).permute(0, 2, 4, 1, 3, 5)
+    patches = cut.reshape(count * rows * columns, channels, length, length)
+    first = torch.arange(0, len(patches), rows * columns, device=image.device).unsqueeze(1)
+    taken = patches.index_select(0, (source[:, : rows * columns] + first).flatten())
+    cut.copy_(taken.view(cut.shape))
 
 
 def swap_background(image: Tensor, donor: Tensor, amount: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ def _perturb_part(
     unit, weight = _with_donors(original, stay, mpp[rows], settings, taken, donors, donor_masks)
     pixels = ncp.NuclearPixels.of(weight, unit.shape[1])
     own = ncp.paint_over_(unit, weight, pixels)
-    plate, theirs = unit[:count], unit[count:]
+    whole, theirs = unit[:count], unit[count:]
+    plate = whole
     # Of the plate as it is before anything is done to it.
     colour = ncp.glass_colour(plate) if any(act.name in _GLASS_OPS for act in acts) else None
     for act in acts:
@@ -220,11 +221,14 @@ def _perturb_part(
             here = ncp.cut_out(here, much * CUTOUT_SIDE, seeds, colour.index_select(0, at))
         else:
             raise ValueError(f"draw names an unknown op {name!r}")
-        plate = plate.index_copy_(0, at, here) if len(at) < count else here
+        if len(at) < count:
+            plate.index_copy_(0, at, here)
+        else:
+            plate = here
     if taken is None:
         unit = plate
-    elif plate.data_ptr() != unit.data_ptr():
-        unit[:count] = plate
+    elif plate is not whole:
+        whole.copy_(plate)
     mixed = _like_(ncp.keep_nuclei_(unit, own, pixels)[:count], original.dtype)
     if original.dtype in (torch.uint8, torch.float32):  # whose values survived the way there and back
         return mixed

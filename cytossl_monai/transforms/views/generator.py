@@ -267,8 +267,8 @@ class ViewGenerator(nn.Module):
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}
         masked = {*range(self.n_global), *self.ncp_views}
         groups = view_groups(self.sizes, masked, tiles.device)
-        colour_seeds = torch.stack([seeds[1] for seeds in drawn.seeds])
-        chances = hash_uniform(colour_seeds.flatten(), 10, 6).view(*colour_seeds.shape, 6)
+        colours = drawn.colour_seeds()
+        chances = hash_uniform(colours.flatten(), 10, 6).view(*colours.shape, 6)
         for group, (views, cut) in zip(groups, cut_together(tiles, masks, boxes, self.sizes, groups, masked)):
             for place, index in enumerate(group):
                 if perturbing and self.ncp is not None and index in self.ncp_views and cut is not None:
@@ -279,7 +279,7 @@ class ViewGenerator(nn.Module):
                     view, seeds = views[place], drawn.seeds[index][0]
                     self.ncp(view, cut[place], view_scale, seeds=seeds, check=False, out=view)
             some = slice(group[0], group[-1] + 1)
-            self._colour_(views.flatten(0, 1), colour_seeds[some].flatten(), chances[some].flatten(0, 1))
+            self._colour_(views.flatten(0, 1), colours[some].flatten(), chances[some].flatten(0, 1))
             for place, index in enumerate(group):
                 out["global" if index < self.n_global else "local"].append(views[place])
                 if index < self.n_global and cut is not None:

@@ -24,7 +24,7 @@ from cytossl_monai.transforms import BatchedNCP, ViewGenerator, nuclei_mask
 DRAWN_ON_HOST = ("block_masks", "kept_patches")
 SHARED = {
     "transforms/nuclei/labels.py:_label_by_runs: nonzero": 3,  # runs of pixels: of levels, of regions, of nuclei
-    "transforms/nuclei/labels.py:_last_connected: value read": 3,  # whether all runs that touch are linked
+    "transforms/nuclei/labels.py:_first_connected: value read": 3,  # whether all runs that touch are linked
     "transforms/nuclei/labels.py:_label_by_runs: value read": 3,  # and how many components they make
     "transforms/nuclei/labels.py:label_levels: nonzero": 1,  # rows that are not empty
     "transforms/nuclei/labels.py:label_levels: value read": 1,  # and how many they are
@@ -137,6 +137,19 @@ def test_views_of_a_device_are_the_cpus_and_each_wait_is_named(ncp: str) -> None
         assert not counter.waits.keys() - allowed.keys()
         assert all(count <= allowed[wait] for wait, count in counter.waits.items()), dict(counter.waits)
     assert set(many.copies) == {"transforms/kernels/device.py:to_device: copy to the device"}
+
+
+def test_a_device_cuts_around_the_same_of_many_nuclei() -> None:
+    images, mpp = tiles().repeat(4, 1, 1, 1), torch.full((16,), 0.5)
+    scattered = torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(1)) < 0.01
+    masks = torch.nn.functional.max_pool2d(scattered.float(), 3, stride=1, padding=1) > 0
+    images = torch.where(masks, 90, images).to(torch.uint8)
+    views = ViewGenerator(32, 16, n_local=4, ncp=BatchedNCP("published"), centre_on="retained")
+    here = views(images, mpp, masks, torch.Generator().manual_seed(0))
+    with PretendDevice():
+        there = views(OnDevice(images), mpp, OnDevice(masks), torch.Generator().manual_seed(0))
+    for key in ("global", "local", "nuclei"):
+        assert all(torch.equal(a, b.inner) for a, b in zip(here[key], there[key], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ def test_components_are_those_of_scipy(density: float) -> None:
             assert len(pairs) == n == len({f for _, f in pairs})  # one to one
             offset += n
         assert count == offset
+    assert torch.equal(_label_by_runs(mask)[0], label_planes(mask)[0])  # a nucleus that is drawn is the same everywhere
 
 
 def test_a_spiral_is_one_component() -> None:

@@ -66,8 +66,8 @@ def _label_by_runs(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     if len(bounds) == 0:
         return torch.zeros(mask.shape, dtype=torch.int32, device=mask.device), 0
     begin, end = bounds.T.contiguous()
-    root = _last_connected(begin, end, width + 1)
-    # Numbered by the last run of each component, the one whose number is its own.
+    root = _first_connected(begin, end, width + 1)
+    # Numbered as SciPy does, by the first run of each component, the one whose number is its own.
     number = (root == torch.arange(len(root), device=mask.device)).cumsum(0, dtype=torch.int32)
     step = number[root]
     # What a run adds where it begins it takes away where it ends; sums along the line are the labels.
@@ -77,8 +77,8 @@ def _label_by_runs(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     return labels[:, :height, :width].contiguous(), int(number[-1])
 
 
-def _last_connected(begin: torch.Tensor, end: torch.Tensor, pitch: int) -> torch.Tensor:
-    """For every run of pixels the last run that it is connected with, by runs of neighbouring rows that overlap.
+def _first_connected(begin: torch.Tensor, end: torch.Tensor, pitch: int) -> torch.Tensor:
+    """For every run of pixels the first run that it is connected with, by runs of neighbouring rows that overlap.
 
     Args:
         begin: (R,) int64, rising: position of the first pixel of each run.
@@ -99,9 +99,9 @@ def _last_connected(begin: torch.Tensor, end: torch.Tensor, pitch: int) -> torch
     while True:
         theirs = root[linked]
         for _ in range(_ROUNDS):
-            # Whatever a run and those it touches point at learns of the highest; then all go where they are pointed to.
-            highest = theirs.amax(0).repeat(len(linked))
-            learned = root.scatter_reduce(0, theirs.flatten(), highest, "amax")
+            # Whatever a run and those it touches point at learns of the first; then all go where they are pointed to.
+            lowest = theirs.amin(0).repeat(len(linked))
+            learned = root.scatter_reduce(0, theirs.flatten(), lowest, "amin")
             for _ in range(2):
                 learned = learned[learned]
             root = learned[root]

@@ -185,7 +185,8 @@ def _perturb_part(
     count, device = len(rows), original.device
     acts = _acts(draw, mpp, rows, device)
     discs = settings.keep_radius_um > 0
-    if discs and all(act.name == "exchange" for act in acts):  # pixels move and no colour is computed
+    if discs and all(act.name == "exchange" for act in acts):
+        # Pixels move and no colour is computed: the input's own type will do.
         still = stay if real is None else stay | ~real
         (act,) = acts
         return exchange_outside(original, still, settings.block_um / act.mpp, act.much, act.seeds)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,18 +19,10 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests" / "gpu_guards"), str(ROOT / "scripts" / "bench" / "gpu")]
 
 from common import cells  # noqa: E402
-from counted_ops import CountedDevice, Ops  # noqa: E402
+from counted_ops import CountedDevice, Ops, counted  # noqa: E402
 from pretend_device import OnDevice  # noqa: E402
 
 from cytossl_monai.transforms import BatchedNCP, ViewGenerator, nuclei_mask  # noqa: E402
-
-
-def counted(work: Callable[[], Any]) -> CountedDevice:
-    """What the second of two runs asks for."""
-    for _ in range(2):
-        with CountedDevice() as counter:
-            work()
-    return counter
 
 
 def told(name: str, counter: CountedDevice, lines: int, by: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -70,6 +71,14 @@ class CountedDevice(PretendDevice):
     def named(self) -> int:
         """How many calls of PyTorch the host makes in all."""
         return sum(ops.count.total() for ops in (self.device, self.host, self.looks))
+
+
+def counted(work: Callable[[], Any]) -> CountedDevice:
+    """What the second of two runs asks for: some things are made once, at the first."""
+    for _ in range(2):
+        with CountedDevice() as counter:
+            work()
+    return counter
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -7,12 +7,10 @@ making views, were it over channels, donors, levels or parameters. These are cou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from counted_ops import CountedDevice
+from counted_ops import CountedDevice, counted
 from pretend_device import DEVICE, OnDevice
 from small_steps import tiles
 
@@ -23,14 +21,6 @@ MOST: dict[str, dict[str, tuple[int, int]]] = {
     "default": {"ncp": (222, 638), "views": (401, 1533)},
 }
 """At most so many operations of the device, and so many that the host names in all, its own and mere looks included."""
-
-
-def counted(work: Callable[[], Any]) -> CountedDevice:
-    """What the second run asks for: some things are made once, at the first."""
-    for _ in range(2):
-        with CountedDevice() as counter:
-            work()
-    return counter
 
 
 def asked(preset: str, part: str, batch: int, n_local: int = 1) -> CountedDevice:

@@ -23,7 +23,9 @@ from cytossl_monai.transforms import BatchedNCP, ViewGenerator, nuclei_mask
 
 DRAWN_ON_HOST = ("block_masks", "kept_patches")
 SHARED = {
-    "transforms/nuclei/labels.py:_label_by_spreading: value read": 12,  # whether labels still spread, and their number
+    "transforms/nuclei/labels.py:_label_by_runs: nonzero": 3,  # runs of pixels: of levels, of regions, of nuclei
+    "transforms/nuclei/labels.py:_first_connected: value read": 3,  # whether all runs that touch are linked
+    "transforms/nuclei/labels.py:_label_by_runs: value read": 3,  # and how many components they make
     "transforms/nuclei/labels.py:label_levels: nonzero": 1,  # rows that are not empty
     "transforms/nuclei/labels.py:label_levels: value read": 1,  # and how many they are
     "transforms/nuclei/labels.py:label_levels: copy to the host": 1,  # regions of each level
@@ -37,10 +39,9 @@ SHARED = {
 WAITS_OF_VIEWS: dict[str, dict[str, int]] = {
     "published": {
         **SHARED,
-        "transforms/ncp/exchange.py:_exchanged: boolean index": 1,  # pixels that change places
-        "transforms/ncp/exchange.py:_turned: boolean index": 1,  # tiles that have any
+        "transforms/ncp/exchange.py:_sources: boolean index": 1,  # pixels that change places
     },
-    "default": {**SHARED, "transforms/ncp/plate.py:of: nonzero": 2},  # nuclear pixels of tiles and of donors
+    "default": {**SHARED, "transforms/ncp/plate.py:of: nonzero": 1},  # nuclear pixels of tiles and of donors
 }
 """What the host waits for while it makes the views of a batch, however large it is and however many views are cut."""
 
@@ -136,6 +137,50 @@ def test_views_of_a_device_are_the_cpus_and_each_wait_is_named(ncp: str) -> None
         assert not counter.waits.keys() - allowed.keys()
         assert all(count <= allowed[wait] for wait, count in counter.waits.items()), dict(counter.waits)
     assert set(many.copies) == {"transforms/kernels/device.py:to_device: copy to the device"}
+
+
+def test_a_device_cuts_around_the_same_of_many_nuclei() -> None:
+    images, mpp = tiles().repeat(4, 1, 1, 1), torch.full((16,), 0.5)
+    scattered = torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(1)) < 0.01
+    masks = torch.nn.functional.max_pool2d(scattered.float(), 3, stride=1, padding=1) > 0
+    images = torch.where(masks, 90, images).to(torch.uint8)
+    views = ViewGenerator(32, 16, n_local=4, ncp=BatchedNCP("published"), centre_on="retained")
+    here = views(images, mpp, masks, torch.Generator().manual_seed(0))
+    with PretendDevice():
+        there = views(OnDevice(images), mpp, OnDevice(masks), torch.Generator().manual_seed(0))
+    for key in ("global", "local", "nuclei"):
+        assert all(torch.equal(a, b.inner) for a, b in zip(here[key], there[key], strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ops": {"swap": {"prob": 1, "strength": 1}, "stain": {"prob": 1, "strength": 1}}},  # of all tiles at once
+        {"ops": "strong", "margin_um": 9.0, "feather_um": 14.0},  # further than one look at shifted copies reaches
+        {"ops": "strong", "keep_radius_um": 6.0, "retain_prob": 0.5},
+        {"ops": {"exchange": {"prob": 1, "strength": 0.6}}, "block_um": 4.0, "random_amount": True},
+        {
+            "ops": {"exchange": {"prob": 0.7, "strength": 1}, "noise": {"prob": 0.5, "strength": 1}},
+            "keep_radius_um": 6.0,
+        },
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_ncp_of_a_device_is_the_cpus(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    images = tiles().repeat(3, 1, 1, 1)
+    masks = nuclei_mask(images, 0.5)
+    masks[1] = False
+    images = images - torch.randint(0, 40, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = images if dtype == torch.uint8 else (images / 255).to(dtype)
+    mpp, seeds, ncp = torch.tensor([0.5, 0.25, 0.4]).repeat(4), torch.arange(12), BatchedNCP(**settings)
+    here = ncp(images, masks, mpp, seeds=seeds)
+    with PretendDevice():
+        there = ncp(OnDevice(images), OnDevice(masks), mpp, seeds=seeds)
+        over = OnDevice(images.clone())
+        assert ncp(over, OnDevice(masks), mpp, seeds=seeds, out=over) is over
+    assert not torch.equal(here, images)
+    assert torch.equal(here, there.inner)
+    assert torch.equal(here, over.inner)
 
 
 def test_numbers_of_a_generator_on_the_device_come_in_one_copy() -> None:

@@ -13,7 +13,7 @@ from skimage.io import imread
 
 from cytossl_monai.transforms.nuclei.batch import noise_levels
 from cytossl_monai.transforms.nuclei.instances import segment_instances
-from cytossl_monai.transforms.nuclei.labels import _label_by_spreading, label_planes
+from cytossl_monai.transforms.nuclei.labels import _label_by_runs, label_planes
 from cytossl_monai.transforms.nuclei.mask import nuclear_density, nuclei_mask
 from cytossl_monai.transforms.nuclei.regions import RegionRules, noise_level
 
@@ -114,7 +114,7 @@ def test_marked_nuclei_of_real_tiles_are_found(data_root: Path) -> None:
 @pytest.mark.parametrize("density", [0.05, 0.4, 0.59, 0.9, 0.0, 1.0])
 def test_components_are_those_of_scipy(density: float) -> None:
     mask = torch.rand(3, 33, 41, generator=torch.Generator().manual_seed(1)) < density
-    for labels, count in (label_planes(mask), _label_by_spreading(mask)):
+    for labels, count in (label_planes(mask), _label_by_runs(mask)):
         assert labels.dtype in (torch.int32, torch.int64)
         assert torch.equal(labels > 0, mask)
         offset = 0
@@ -124,6 +124,7 @@ def test_components_are_those_of_scipy(density: float) -> None:
             assert len(pairs) == n == len({f for _, f in pairs})  # one to one
             offset += n
         assert count == offset
+    assert torch.equal(_label_by_runs(mask)[0], label_planes(mask)[0])  # a nucleus that is drawn is the same everywhere
 
 
 def test_a_spiral_is_one_component() -> None:
@@ -134,7 +135,7 @@ def test_a_spiral_is_one_component() -> None:
         mask[0, k + 4 : 40 - k, k] = True
         mask[0, k + 4, k : k + 5] = True
     expected = ndimage.label(mask[0].numpy())[1]
-    assert _label_by_spreading(mask)[1] == expected
+    assert _label_by_runs(mask)[1] == expected
 
 
 def test_noise_is_measured_and_agrees_with_the_exact_path() -> None:

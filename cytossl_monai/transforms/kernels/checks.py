@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -166,6 +167,7 @@ def check_mpp(mpp: Any, batch: int, key: str = "mpp") -> Tensor:
         raise ValueError(f"{key} is {mpp!r}; allowed are micrometres per pixel, > 0") from error
     if len(values) not in (1, batch):
         raise ValueError(f"{key} has {len(values)} values for {batch} samples; allowed is one for all or one a sample")
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
+    low, high = (float(value) for value in torch.aminmax(values)) if len(values) else (1.0, 1.0)
+    if not (low > 0 and high < math.inf):  # NaN is neither
         raise ValueError(f"{key} is {values.tolist()[:4]}; allowed are micrometres per pixel, finite and > 0")
     return values.expand(batch).contiguous()

@@ -55,15 +55,11 @@ def jitter_stain(image: Tensor, amount: Tensor, seeds: Tensor, scale: float = 0.
     stains, inverse = _stains(channels)
     # Row vectors: density @ inverse = concentrations; (concentrations * gain + shift) @ stains = new density.
     matrix = (inverse * gains.unsqueeze(1)) @ stains
-    packed = torch.cat([matrix, (shifts @ stains).unsqueeze(1)], 1).to(torch.float32)
-    matrix, bias = to_device(packed, image.device).split([channels, 1], 1)
-    bias = bias[:, 0]
+    packed = torch.cat([matrix, -(shifts @ stains).unsqueeze(1)], 1).to(torch.float32)
+    *mixed, bias = to_device(packed, image.device).view(-1, channels + 1, channels, 1, 1).unbind(1)
     log = image.clamp_min(_MIN_TRANSMISSION).log_()
-    out = torch.empty_like(image, memory_format=torch.contiguous_format)
     # No matrix product: its bits depend on the size of the batch.
-    for target in range(channels):
-        mixed = out[:, target]
-        torch.addcmul(-bias[:, target].view(-1, 1, 1), log[:, 0], matrix[:, 0, target].view(-1, 1, 1), out=mixed)
-        for source in range(1, channels):
-            mixed.addcmul_(log[:, source], matrix[:, source, target].view(-1, 1, 1))
+    out = torch.addcmul(bias, log[:, :1], mixed[0])
+    for source in range(1, channels):
+        out.addcmul_(log[:, source : source + 1], mixed[source])
     return out.exp_().clamp_(max=1.0)

@@ -1,4 +1,4 @@
-"""What keeps the host from waiting for a GPU: copies to it that need no answer, and sums by group of a known size.
+"""What spares a GPU and its host: copies that need no answer, sums by group of a known size, numbers made once.
 
 A GPU works behind the host, which waits where it reads a value, or where a result's size depends on values (boolean
 indices, ``nonzero``, ``unique``, and ``torch.bincount``, which looks for the largest entry whatever it is told).
@@ -7,10 +7,31 @@ indices, ``nonzero``, ``unique``, and ``torch.bincount``, which looks for the la
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["grouped_sum", "to_device"]
+__all__ = ["grouped_sum", "grouped_sums", "made_once", "to_device"]
+
+Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
+
+
+def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Remember tensors that follow from sizes and a device alone: nobody may write to them.
+
+    What a GPU would do in no time the host has to name again for every batch. The last few sizes are remembered.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    @functools.wraps(make)
+    def once(*args: object) -> Made:
+        with torch.inference_mode(False):  # made for good: the next one who uses them may want gradients
+            return make(*args)
+
+    return once
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -41,3 +62,10 @@ def grouped_sum(group: Tensor, values: Tensor | None, count: int) -> Tensor:
         return torch.bincount(group, weights=values, minlength=count).double()
     total = torch.zeros(count, dtype=torch.float64, device=group.device)
     return total.index_add_(0, group, torch.ones_like(group, dtype=torch.float64) if values is None else values)
+
+
+def grouped_sums(group: Tensor, values: Tensor, count: int) -> Tensor:
+    """:func:`grouped_sum` of several values of each: values (K, P) float64, sums (K, count) float64."""
+    if group.device.type == "cpu":
+        return torch.stack([grouped_sum(group, one, count) for one in values])
+    return torch.zeros(len(values), count, dtype=torch.float64, device=group.device).index_add_(1, group, values)

@@ -9,10 +9,13 @@ number generators", OOPSLA 2014).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seeds", "hash_noise", "hash_uniform", "mix64"]
+from cytossl_monai.transforms.kernels.device import made_once, to_device
+
+__all__ = ["draw_seeds", "hash_noise", "hash_uniform", "hash_uniforms", "mix64"]
 
 
 def _signed(value: int) -> int:
@@ -22,9 +25,10 @@ def _signed(value: int) -> int:
 
 def _stream_key(stream: int) -> int:
     """A far-apart offset for every stream."""
-    return _signed(stream * 0xBF58476D1CE4E5B9 & (1 << 64) - 1)
+    return _signed(stream * 0xBF58476D1CE4E5B9 & _ALL_BITS)
 
 
+_ALL_BITS = (1 << 64) - 1
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
@@ -44,10 +48,27 @@ def mix64(x: Tensor) -> Tensor:
     Returns:
         int64 tensor of the same shape. Multiplications wrap around, as they do in C for unsigned integers.
     """
-    x = x.clone()
+    return mix64_(x.clone())
+
+
+def mix64_(x: Tensor) -> Tensor:
+    """:func:`mix64` in place."""
+    if x.device.type == "cpu":  # NumPy shifts unsigned integers, and is called in a fraction of the time
+        bits = x.numpy().view(np.uint64)
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+            bits ^= bits >> np.uint64(shift)
+            bits *= np.uint64(factor & _ALL_BITS)
+        bits ^= bits >> np.uint64(31)
+        return x
     _xor_shift_(x, 30).mul_(_MIX_1)
     _xor_shift_(x, 27).mul_(_MIX_2)
     return _xor_shift_(x, 31)
+
+
+@made_once
+def _positions(count: int, device: torch.device) -> Tensor:
+    """(count,) int64: what tells the numbers of one seed and stream apart."""
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
 
 
 def draw_seeds(count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -75,12 +96,25 @@ def hash_uniform(seeds: Tensor, stream: int, count: int) -> Tensor:
     Returns:
         (B, count) float64 in [0, 1), on the seeds' device.
     """
-    position = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device) * _GOLDEN
-    keys = mix64(mix64(seeds + _stream_key(stream)).unsqueeze(1) + position)
-    return ((keys >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+    return hash_uniforms(seeds, (stream,), count)[0]
 
 
-def hash_noise(seeds: Tensor, stream: int, channels: int, height: int, width: int) -> Tensor:
+def hash_uniforms(seeds: Tensor, streams: tuple[int, ...], count: int) -> Tensor:
+    """The numbers of :func:`hash_uniform` of several streams at once: (S, B, count) float64."""
+    keys = mix64_(seeds + _stream_keys(streams, seeds.device))
+    keys = mix64_(keys.unsqueeze(2) + _positions(count, seeds.device))
+    return ((keys >> 11) & ((1 << 53) - 1)).to(torch.float64).mul_(2.0**-53)
+
+
+@made_once
+def _stream_keys(streams: tuple[int, ...], device: torch.device) -> Tensor:
+    """(S, 1) int64."""
+    return to_device(torch.tensor([[_stream_key(stream)] for stream in streams], dtype=torch.int64), device)
+
+
+def hash_noise(
+    seeds: Tensor, stream: int, channels: int, height: int, width: int, device: torch.device | None = None
+) -> Tensor:
     """White noise fields, near to normal.
 
     Each value is the sum of three uniform 7-bit numbers, centred and scaled: exact integer arithmetic, hence equal
@@ -92,21 +126,24 @@ def hash_noise(seeds: Tensor, stream: int, channels: int, height: int, width: in
         channels: independent fields a sample.
         height: rows.
         width: columns.
+        device: where the noise is wanted; None is the seeds' own.
 
     Returns:
-        (B, channels, height, width) float32, on the seeds' device.
+        (B, channels, height, width) float32.
     """
-    pixel = torch.arange(1, height * width + 1, dtype=torch.int64, device=seeds.device) * _GOLDEN
-    out = torch.empty(len(seeds), channels, height * width, device=seeds.device)
+    device = seeds.device if device is None else device
+    pixel = _positions(height * width, device)
+    out = torch.empty(len(seeds), channels, height * width, device=device)
     every_third = 127 | 127 << 21 | 127 << 42
     for first in range(0, channels, 3):  # one hash holds three channels of three numbers
-        keys = mix64(mix64(seeds + _stream_key(stream + first)).unsqueeze(1) + pixel)
+        keys = mix64_(to_device(mix64(seeds + _stream_key(stream + first)), device).unsqueeze(1) + pixel)
         fields = keys & every_third
         for _ in range(2):
             keys >>= 7
             fields += keys & every_third
         for channel in range(first, min(first + 3, channels)):
             out[:, channel] = fields & 511
-            fields >>= 21
+            if channel + 1 < channels:
+                fields >>= 21
     # A uniform number of {0..127} has the variance (128^2 - 1) / 12; three of them have the mean 190.5.
     return out.sub_(190.5).mul_(((128**2 - 1) / 4) ** -0.5).view(len(seeds), channels, height, width)

@@ -6,7 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["double", "halve"]
+__all__ = ["double", "halve", "shifted"]
+
+
+def shifted(padded: Tensor, dim: int, length: int) -> Tensor:
+    """All stretches of some length along a dimension, as a view.
+
+    Args:
+        padded: (B, C, H, W).
+        dim: 2 or 3.
+        length: of a stretch, at most that of ``padded``.
+
+    Returns:
+        (k, B, C, H, W) with ``length`` rows (or columns), the first of which is the first, second, ... of ``padded``.
+    """
+    stretches = padded.unfold(dim, length, 1).movedim(dim, 0)
+    return stretches.transpose(-1, -2) if dim == 2 else stretches
 
 
 def halve(image: Tensor) -> Tensor:
@@ -37,14 +52,13 @@ def double(image: Tensor, height: int, width: int) -> Tensor:
         (B, C, height, width); a view of something larger where less is asked for.
     """
     batch, channels, rows, columns = image.shape
+    padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
     # Columns first, while there are few rows: they are written with gaps, which is slow.
-    wide = torch.empty(batch, channels, rows, columns, 2, dtype=image.dtype, device=image.device)
-    torch.lerp(image[..., 1:], image[..., :-1], 0.25, out=wide[..., 1:, 0])
-    torch.lerp(image[..., :-1], image[..., 1:], 0.25, out=wide[..., :-1, 1])
-    wide[..., 0, 0], wide[..., -1, 1] = image[..., 0], image[..., -1]
-    wide = wide.view(batch, channels, rows, 2 * columns)
+    left, middle, right = shifted(padded, 3, columns).unbind()
+    wide = torch.empty(batch, channels, rows + 2, columns, 2, dtype=image.dtype, device=image.device)
+    torch.lerp(middle, left, 0.25, out=wide[..., 0])
+    torch.lerp(middle, right, 0.25, out=wide[..., 1])
+    above_and_below = shifted(wide.view(batch, channels, rows + 2, 2 * columns), 2, rows)
     tall = torch.empty(batch, channels, rows, 2, 2 * columns, dtype=image.dtype, device=image.device)
-    torch.lerp(wide[:, :, 1:], wide[:, :, :-1], 0.25, out=tall[:, :, 1:, 0])
-    torch.lerp(wide[:, :, :-1], wide[:, :, 1:], 0.25, out=tall[:, :, :-1, 1])
-    tall[:, :, 0, 0], tall[:, :, -1, 1] = wide[:, :, 0], wide[:, :, -1]
+    torch.lerp(above_and_below[1].unsqueeze(3), above_and_below[::2].movedim(0, 3), 0.25, out=tall)
     return tall.view(batch, channels, 2 * rows, 2 * columns)[..., :height, :width]

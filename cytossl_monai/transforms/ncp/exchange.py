@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.chunks import chunks
-from cytossl_monai.transforms.kernels.device import to_device
+from cytossl_monai.transforms.kernels.device import made_once, to_device
 from cytossl_monai.transforms.kernels.random import hash_uniform, mix64
 from cytossl_monai.transforms.nuclei.centres import NucleiCentres
 
@@ -76,7 +77,7 @@ def kept_discs(nuclei: NucleiCentres, retained: Tensor, radius: Tensor, height: 
     return kept
 
 
-def _scattered_order(seeds: Tensor, count: int) -> Tensor:
+def _scattered_order(seeds: Tensor, count: int, device: torch.device) -> Tensor:
     """For every seed a permutation of ``count`` numbers, (B, 2**k) int32; those from ``count`` on are to be left out.
 
     Rounds of multiplications by odd numbers and shifts, each of which maps the numbers below a power of two onto
@@ -86,13 +87,20 @@ def _scattered_order(seeds: Tensor, count: int) -> Tensor:
     low = (1 << bits) - 1
     half = (bits + 1) // 2
     # Products wrap around at 32 bits, which leaves the bits below as they are.
-    keys = (mix64(seeds.unsqueeze(1) + _EXCHANGE_STREAM + torch.arange(8, device=seeds.device)) & low).int()
-    x = torch.arange(low + 1, device=seeds.device, dtype=torch.int32).expand(len(seeds), -1).contiguous()
-    for turn in range(4):
-        x.mul_(keys[:, 2 * turn : 2 * turn + 1] | 1).add_(keys[:, 2 * turn + 1 : 2 * turn + 2])
-        x.bitwise_and_(low)
+    keys = (mix64(seeds.unsqueeze(1) + _EXCHANGE_STREAM + torch.arange(8)) & low).int()
+    keys[:, ::2] |= 1
+    factors = to_device(keys, device).unsqueeze(2).unbind(1)
+    x = _numbers(low + 1, device)
+    for factor, summand in zip(factors[::2], factors[1::2], strict=True):
+        x = torch.addcmul(summand, x, factor).bitwise_and_(low)
         x.bitwise_xor_(x >> half)
     return x
+
+
+@made_once
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """(count,) int32: 0, 1, 2, ..."""
+    return torch.arange(count, device=device, dtype=torch.int32)
 
 
 def exchange_outside(image: Tensor, kept: Tensor, block: Tensor, fraction: Tensor, seeds: Tensor) -> Tensor:
@@ -115,25 +123,25 @@ def exchange_outside(image: Tensor, kept: Tensor, block: Tensor, fraction: Tenso
     """
     _, channels, height, width = image.shape
     side = block.cpu().double().round().long().clamp(1, max(1, min(height, width) // 2))
-    out = image.clone(memory_format=torch.contiguous_format)
-    plane = height * width
-    flat, original = out.view(-1), image.reshape(-1)
-    for length in sorted(set(side.tolist())):  # a loop over sizes, mostly one
-        at = (side == length).nonzero().squeeze(1)
-        for part in chunks(kept[to_device(at, image.device)]):
-            rows = at[part]
-            on_device = to_device(rows, image.device)
-            dest, source = _exchanged(~kept[on_device, 0], length, fraction[rows].cpu(), seeds[rows])
-            sample = torch.div(dest, plane, rounding_mode="floor")
-            first = on_device[sample] * (channels * plane) - sample * plane
-            dest, source = dest + first, source + first
-            for channel in range(channels):
-                flat[dest + channel * plane] = original[source + channel * plane]
+    out = torch.empty_like(image, memory_format=torch.contiguous_format)
+    fraction, seeds = fraction.cpu(), seeds.cpu()
+    sizes = sorted(set(side.tolist()))
+    for length in sizes:  # a loop over sizes, mostly one
+        rows = (side == length).nonzero().squeeze(1)
+        at = to_device(rows, image.device)
+        images, stays = (image, kept) if len(sizes) == 1 else (image.index_select(0, at), kept.index_select(0, at))
+        for part in chunks(images):
+            source = _sources(~stays[part, 0], length, fraction[rows[part]], seeds[rows[part]])
+            source = source.unsqueeze(1).expand(-1, channels, -1)
+            moved = images[part].flatten(2).gather(2, source).view(-1, channels, height, width)
+            if len(moved) == len(image):
+                return moved
+            out.index_copy_(0, at[part], moved)
     return out
 
 
-def _exchanged(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Where to and where from: two (Q,) int64, positions in the flattened (n, H, W) planes.
+def _sources(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) -> Tensor:
+    """From where each pixel takes its colour: (n, H * W) int64, positions in the flattened plane.
 
     Args:
         outside: (n, H, W) bool.
@@ -142,41 +150,69 @@ def _exchanged(outside: Tensor, length: int, fraction: Tensor, seeds: Tensor) ->
         seeds: (n,) int64 on the CPU.
     """
     count, height, width = outside.shape
-    device = outside.device
+    device, plane = outside.device, height * width
     rows, columns = -(-height // length), -(-width // length)
     blocks = rows * columns
-    order = _scattered_order(to_device(seeds, device), blocks)
-    real = order < blocks
-    order = order.clamp(max=blocks - 1)
+    order = _scattered_order(seeds, blocks, device)
     if bool((fraction < 1).any()):
-        part = hash_uniform(seeds, _TAKE_PART_STREAM, blocks) < fraction.unsqueeze(1)
-        real &= to_device(part, device).gather(1, order)
+        part = to_device(hash_uniform(seeds, _TAKE_PART_STREAM, blocks) < fraction.unsqueeze(1), device)
+        part = part.view(count, rows, 1, columns, 1).expand(-1, -1, length, -1, length)
+        outside = outside & part.reshape(count, rows * length, columns * length)[:, :height, :width]
+    # Planes are laid out with so much room that every number in the order has a place, those to be left out as well.
+    pitch = max(plane, order.shape[1])
+    flags = F.pad(outside.flatten(1), (0, pitch - plane)).flatten()
+    first = torch.arange(0, count * pitch, pitch, device=device).unsqueeze(1)
     if length == 1:
-        first = torch.arange(count, device=device).unsqueeze(1) * (height * width)
         position = order + first
-        ring = outside.flatten()[position] & real
-        return _turned(position[ring], ring)
-    # Corners of the blocks in the order of the round; then, for each offset in a block, the pixels along the round.
+        ring = flags[position]
+    else:
+        position, real = _block_pixels(order, length, height, width)
+        position = position + first.view(-1, 1, 1, 1)
+        ring = flags[position] & real
+    source = torch.arange(pitch, device=device).repeat(count, 1)
+    taking = position[ring]
+    if len(taking):
+        source.view(-1)[taking] = taking[_following(ring.flatten(0, -2), len(taking))].remainder(pitch)
+    return source[:, :plane]
+
+
+def _block_pixels(order: Tensor, length: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """For each offset in a block the pixels of all blocks in the order of the round.
+
+    Args:
+        order: (n, L) integers, the blocks of each plane; those beyond the last one are to be left out.
+        length: side of a block.
+        height: of the planes.
+        width: of the planes.
+
+    Returns:
+        (n, length, length, L) int64, positions in the flattened plane; and which of them are real, bool.
+    """
+    rows, columns = -(-height // length), -(-width // length)
+    real = order < rows * columns
+    order = order.clamp(max=rows * columns - 1).long()
     top = torch.div(order, columns, rounding_mode="floor") * length
     left = order.remainder(columns) * length
-    offset = torch.arange(length, device=device)
-    y = top.view(count, 1, 1, -1) + offset.view(1, -1, 1, 1)
-    x = left.view(count, 1, 1, -1) + offset.view(1, 1, -1, 1)
-    inside_tile = (y < height) & (x < width) & real.view(count, 1, 1, -1)
-    position = y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
-    position = position + torch.arange(count, device=device).view(-1, 1, 1, 1) * (height * width)
-    takes_part = outside.flatten()[position] & inside_tile
-    ring = takes_part.flatten(0, 2)
-    return _turned(position.flatten(0, 2)[ring], ring)
+    offset = torch.arange(length, device=order.device)
+    y = top.view(len(order), 1, 1, -1) + offset.view(1, -1, 1, 1)
+    x = left.view(len(order), 1, 1, -1) + offset.view(1, 1, -1, 1)
+    inside_tile = (y < height) & (x < width) & real.view(len(order), 1, 1, -1)
+    return y.clamp(max=height - 1) * width + x.clamp(max=width - 1), inside_tile
 
 
-def _turned(dest: Tensor, ring: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions on their rounds, row after row of ``ring`` (R, L), and those that come next on the same round."""
-    if not len(dest):
-        return dest, dest
+def _following(ring: Tensor, count: int) -> Tensor:
+    """Which pixel comes next on the same round.
+
+    Args:
+        ring: (R, L) bool, which pixels are on their rounds, a round in every row.
+        count: how many they are.
+
+    Returns:
+        (count,) int64: for each of them, row after row, the number of the one that comes next.
+    """
     counts = ring.sum(1)
-    counts = counts[counts > 0]
-    last = counts.cumsum(0) - 1
-    following = torch.arange(1, len(dest) + 1, device=dest.device)
-    following[last] = last + 1 - counts
-    return dest, dest[following]
+    end = counts.cumsum(0)
+    following = torch.arange(1, count + 1, device=ring.device)
+    # The last of each round is followed by its first. An empty round has none of both and must change nothing.
+    first = torch.where(counts > 0, end - counts, count)
+    return following.scatter_reduce_(0, (end - 1).clamp_min_(0), first, "amin")

@@ -1,9 +1,9 @@
 """Batched kernels of Nuclei-Centered Perturbation and of the views.
 
 Every kernel takes float32 images (B, C, H, W) in [0, 1] with C = 3 (RGB) or 1 (grey) and one parameter a sample, works
-on the images' device, has no loop over samples and, but for ``keep_nuclei_``, never writes to its input. Those that
-need space-filling random numbers take one integer seed a sample (see `cytossl_monai.transforms.kernels.random`). All of
-them treat a sample as if it were alone: what a sample becomes does not depend on its neighbours in the batch.
+on the images' device, has no loop over samples and, but for those that end in ``_``, never writes to its input. Those
+that need space-filling random numbers take one integer seed a sample (see `cytossl_monai.transforms.kernels.random`).
+All of them treat a sample as if it were alone: what a sample becomes does not depend on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cytossl_monai.transforms.ncp.plate import (
     glass_colour,
     keep_nuclei_,
     nuclear_weight,
+    paint_over_,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "glass_colour",
     "keep_nuclei_",
     "nuclear_weight",
+    "paint_over_",
     "shuffle_patches",
     "swap_background",
 ]
@@ -49,7 +51,8 @@ def add_noise(image: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    field = hash_noise(to_device(seeds, image.device), _NOISE_STREAM, *image.shape[1:])
+    channels, height, width = image.shape[1:]
+    field = hash_noise(seeds, _NOISE_STREAM, channels, height, width, image.device)
     return field.mul_(per_sample(std, image)).add_(image).clamp_(0.0, 1.0)
 
 
@@ -79,7 +82,7 @@ def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tenso
     Returns:
         (B, C, H, W) float32.
     """
-    batch, channels, height, width = image.shape
+    batch, height, width = len(image), *image.shape[-2:]
     side = patch.to(device="cpu").round().to(torch.int64).clamp(1, max(1, min(height, width) // 2))
     count = (height // side) * (width // side)
     most = int(count.max())
@@ -92,20 +95,34 @@ def shuffle_patches(image: Tensor, patch: Tensor, fraction: Tensor, seeds: Tenso
     moved = to_device(torch.empty_like(to).scatter_(1, to, origin), image.device)
 
     out = image.clone(memory_format=torch.contiguous_format)
-    for length in sorted(set(side.tolist())):  # a loop over sizes, mostly few
-        where = (side == length).nonzero().squeeze(1)
-        rows, columns = height // length, width // length
-        at = to_device(where, image.device)
+    sizes = sorted(set(side.tolist()))
+    for length in sizes:  # a loop over sizes, mostly few
+        if len(sizes) == 1:
+            _move_patches_(out, moved, length)
+            break
+        at = to_device((side == length).nonzero().squeeze(1), image.device)
         part = image.index_select(0, at)
-        whole = part[..., : rows * length, : columns * length]
-        cut = whole.reshape(len(at), channels, rows, length, columns, length).permute(0, 2, 4, 1, 3, 5)
-        patches = cut.reshape(len(at) * rows * columns, channels, length, length)
-        first = torch.arange(len(at), device=image.device).unsqueeze(1) * (rows * columns)
-        source = moved.index_select(0, at)[:, : rows * columns] + first
-        taken = patches.index_select(0, source.flatten()).view(cut.shape).permute(0, 3, 1, 4, 2, 5)
-        whole.copy_(taken.reshape(whole.shape))
+        _move_patches_(part, moved.index_select(0, at), length)
         out.index_copy_(0, at, part)
     return out
+
+
+def _move_patches_(image: Tensor, source: Tensor, length: int) -> None:
+    """Replace each patch by another one, in place.
+
+    Args:
+        image: (n, C, H, W).
+        source: (n, P) int64, for each patch, row after row, the patch that it becomes.
+        length: side of a patch.
+    """
+    count, channels, height, width = image.shape
+    rows, columns = height // length, width // length
+    whole = image[..., : rows * length, : columns * length]
+    cut = whole.unflatten(-1, (columns, length)).unflatten(2, (rows, length)).permute(0, 2, 4, 1, 3, 5)
+    patches = cut.reshape(count * rows * columns, channels, length, length)
+    first = torch.arange(0, len(patches), rows * columns, device=image.device).unsqueeze(1)
+    taken = patches.index_select(0, (source[:, : rows * columns] + first).flatten())
+    cut.copy_(taken.view(cut.shape))
 
 
 def swap_background(image: Tensor, donor: Tensor, amount: Tensor) -> Tensor:
@@ -136,19 +153,13 @@ def cut_out(image: Tensor, amount: Tensor, seeds: Tensor, colour: Tensor, count:
         (B, C, H, W) float32.
     """
     batch, _, height, width = image.shape
-    drawn = hash_uniform(seeds.cpu(), _CUTOUT_STREAM, 4 * count).view(batch, count, 4)
+    drawn = hash_uniform(seeds.cpu(), _CUTOUT_STREAM, 4 * count).view(batch, count, 4, 1)
+    much = amount.to(device="cpu", dtype=torch.float64).view(-1, 1, 1)
     inside = []
     for axis, length in ((0, height), (1, width)):
-        centre = drawn[..., axis] * length
-        half = (
-            0.5
-            * length
-            * amount.to(device="cpu", dtype=torch.float64).unsqueeze(1)
-            * (0.5 + 0.5 * drawn[..., 2 + axis])
-        )
-        at = torch.arange(length, dtype=torch.float64) + 0.5
-        inside.append(to_device((at - centre.unsqueeze(-1)).abs() <= half.unsqueeze(-1), image.device))
-    hit = torch.zeros(batch, 1, height, width, dtype=torch.bool, device=image.device)
-    for rows, columns in zip(inside[0].unbind(1), inside[1].unbind(1), strict=True):
-        hit |= rows.view(batch, 1, height, 1) & columns.view(batch, 1, 1, width)
-    return torch.lerp(image, colour.expand_as(image), hit.to(torch.float32))
+        centre = drawn[:, :, axis] * length
+        half = 0.5 * length * much * (0.5 + 0.5 * drawn[:, :, 2 + axis])
+        inside.append((torch.arange(length, dtype=torch.float64) + 0.5 - centre).abs() <= half)
+    rows, columns = to_device(torch.cat(inside, 2).to(torch.float32), image.device).split([height, width], 2)
+    hits = torch.bmm(rows.transpose(1, 2), columns).unsqueeze(1)  # in how many rectangles a pixel lies
+    return torch.where(hits > 0, colour, image)

@@ -23,15 +23,15 @@ _GLASS_OPS = frozenset({"fade", "cutout"})  # those that need the colour of the 
 
 
 def _unit(images: Tensor) -> Tensor:
-    """Float32 in [0, 1], contiguous; new memory or the input's own (never written to)."""
+    """Float32 in [0, 1], contiguous; new memory or the input's own."""
     if images.dtype == torch.uint8:
-        return images.to(torch.float32).div_(255.0).contiguous()
+        return images.div(255.0).contiguous()
     return images.to(torch.float32).contiguous()
 
 
-def _like(unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """From float32 in [0, 1] back to the dtype that came."""
-    return unit.mul(255.0).round_().to(torch.uint8) if dtype == torch.uint8 else unit.to(dtype)
+def _like_(unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """From float32 in [0, 1] back to the dtype that came; written to on the way."""
+    return unit.mul_(255.0).round_().to(torch.uint8) if dtype == torch.uint8 else unit.to(dtype)
 
 
 def perturb(
@@ -72,6 +72,7 @@ def perturb(
         out = torch.empty_like(images, memory_format=torch.contiguous_format)
     in_place, result = out is images, out
     # A MetaTensor takes its metadata through every operation, which costs more than most of them.
+    own_donors = donors is None
     if donors is None:
         donors, donor_masks = images, masks
     images, donors, out = (x.as_subclass(Tensor) for x in (images, donors, out))
@@ -89,16 +90,19 @@ def perturb(
             active &= nuclei.counts() > 0
         elif masks is not None:
             active &= masks.flatten(1).any(1).cpu()
-    backgrounds = _backgrounds(mpp, draw, settings, donors, donor_masks, active)  # before anything is written to
-    for part in chunks(images):
+    parts = list(chunks(images))
+    if in_place and own_donors and len(parts) > 1 and draw.acts("swap"):
+        donors = donors.clone()  # or later parts would take what earlier ones have made
+    for part in parts:
         rows = active[part].nonzero().squeeze(1) + part.start
         if len(rows) < part.stop - part.start and not in_place:
             out[part] = images[part]
         if len(rows):
             at = to_device(rows, images.device)
-            stay = _what_stays(masks, nuclei, mpp, draw, settings, rows, images)
+            original = images.index_select(0, at)
+            stay = _what_stays(masks, nuclei, mpp, draw, settings, rows, at, images)
             real = None if valid is None else to_device(real_pixels(valid[rows], *images.shape[-2:]), images.device)
-            out.index_copy_(0, at, _perturb_part(images, stay, mpp, draw, settings, backgrounds, rows, real))
+            out.index_copy_(0, at, _perturb_part(original, stay, mpp, draw, settings, donors, donor_masks, rows, real))
     return result
 
 
@@ -109,12 +113,16 @@ def _what_stays(
     draw: Draw,
     settings: NCPSettings,
     rows: Tensor,
+    at: Tensor,
     images: Tensor,
 ) -> Tensor:
-    """(n, 1, H, W) bool: the pixels of the samples ``rows`` that leave as they came, margins not counted."""
+    """(n, 1, H, W) bool: the pixels of the samples ``rows`` that leave as they came, margins not counted.
+
+    ``rows`` lie on the CPU, ``at`` are the same on the images' device.
+    """
     if not settings.by_nucleus or nuclei is None:
         assert masks is not None
-        return masks.index_select(0, to_device(rows, images.device))
+        return masks.index_select(0, at)
     some = nuclei.of(rows)
     retained = retained_nuclei(some, draw.seeds[rows], settings.retain_prob)
     if settings.keep_radius_um > 0:
@@ -130,92 +138,134 @@ def _what_stays(
 
 
 @dataclass
-class _Backgrounds:
-    """The backgrounds that ``swap`` takes: (n, C, H, W) float32, and which of them is whose, (B,) int64 on the CPU."""
+class _Act:
+    """One op and the samples of a part that it acts on; all but ``at`` lie on the CPU.
 
-    plates: Tensor
-    place: Tensor
+    Attributes:
+        name: of the op.
+        at: (n,) int64 on the images' device, the rows in the part.
+        much: (n,) float32, how much.
+        seeds: (n,) int64.
+        mpp: (n,) float32.
+        donor: (n,) int64, the sample whose background "swap" takes.
+    """
+
+    name: str
+    at: Tensor
+    much: Tensor
+    seeds: Tensor
+    mpp: Tensor
+    donor: Tensor
 
 
-def _weight(masks: Tensor, mpp: Tensor, settings: NCPSettings) -> Tensor:
-    """:func:`functional.nuclear_weight` with lengths in micrometres."""
-    return ncp.nuclear_weight(masks, settings.margin_um / mpp, settings.feather_um / mpp)
-
-
-def _backgrounds(
-    mpp: Tensor, draw: Draw, settings: NCPSettings, donors: Tensor, donor_masks: Tensor | None, active: Tensor
-) -> _Backgrounds | None:
-    """Backgrounds for the samples that take another's; None where none does."""
-    if "swap" not in draw.amounts:
-        return None
-    rows = (active & (draw.amounts["swap"] > 0)).nonzero().squeeze(1)
-    giver = to_device(draw.donor[rows], donors.device)
-    plates = _unit(donors.index_select(0, giver))
-    if donor_masks is not None:
-        for part in chunks(plates):
-            nuclei = donor_masks.index_select(0, giver[part])
-            plates[part] = ncp.background_plate(plates[part], _weight(nuclei, mpp[rows[part]], settings))
-    place = torch.zeros(len(mpp), dtype=torch.int64)
-    place[rows] = torch.arange(len(rows))
-    return _Backgrounds(plates, place)
+def _acts(draw: Draw, mpp: Tensor, rows: Tensor, device: torch.device) -> list[_Act]:
+    """What is done to the samples ``rows`` ((n,) int64 on the CPU), in order; the device gets all rows in one copy."""
+    amounts = torch.stack(list(draw.amounts.values()))[:, rows]
+    hit = amounts > 0
+    place = hit.nonzero()[:, 1]
+    whole = rows[place]
+    counts = hit.sum(1).tolist()
+    numbers = (to_device(place, device), amounts[hit], draw.seeds[whole], mpp[whole], draw.donor[whole])
+    each = zip(draw.amounts, *(values.split(counts) for values in numbers), strict=True)
+    return [_Act(*one) for one in each if len(one[1])]
 
 
 def _perturb_part(
-    images: Tensor,
+    original: Tensor,
     stay: Tensor,
     mpp: Tensor,
     draw: Draw,
     settings: NCPSettings,
-    backgrounds: _Backgrounds | None,
+    donors: Tensor,
+    donor_masks: Tensor | None,
     rows: Tensor,
     real: Tensor | None = None,
 ) -> Tensor:
     """:func:`perturb` for the samples ``rows`` ((n,) int64 on the CPU), each of which at least one op acts on."""
-    device = images.device
-    original = images.index_select(0, to_device(rows, device))
-    mpp, seeds = mpp[rows], draw.seeds[rows]
-    amounts = {name: amount[rows] for name, amount in draw.amounts.items()}
+    count, device = len(rows), original.device
+    acts = _acts(draw, mpp, rows, device)
     discs = settings.keep_radius_um > 0
-    drawn_ops = {name for name, amount in amounts.items() if bool((amount > 0).any())}
-    if discs and drawn_ops <= {"exchange"}:  # pixels move and no colour is computed: the input's own type will do
+    if discs and all(act.name == "exchange" for act in acts):
+        # Pixels move and no colour is computed: the input's own type will do.
         still = stay if real is None else stay | ~real
-        return exchange_outside(original, still, settings.block_um / mpp, amounts["exchange"], seeds)
-    unit = _unit(original)
-    weight = stay.to(torch.float32) if discs else _weight(stay, mpp, settings)
+        (act,) = acts
+        return exchange_outside(original, still, settings.block_um / act.mpp, act.much, act.seeds)
+    # Beside the samples lie those whose backgrounds they take: both are painted over at once.
+    taken = next((act for act in acts if act.name == "swap"), None)
+    unit, weight = _with_donors(original, stay, mpp[rows], settings, taken, donors, donor_masks)
     pixels = ncp.NuclearPixels.of(weight, unit.shape[1])
-    plate = ncp.background_plate(unit, weight, pixels)
+    own = ncp.paint_over_(unit, weight, pixels)
+    whole, theirs = unit[:count], unit[count:]
+    plate = whole
     # Of the plate as it is before anything is done to it.
-    colour = ncp.glass_colour(plate) if any(bool((amounts[n] > 0).any()) for n in _GLASS_OPS & amounts.keys()) else None
-    for name, amount in amounts.items():
-        drawn = (amount > 0).nonzero().squeeze(1)
-        if len(drawn) == 0:
-            continue
-        at = to_device(drawn, device)
-        here = plate.index_select(0, at) if len(drawn) < len(plate) else plate
-        much, seed, scale = amount[drawn], seeds[drawn], mpp[drawn]
-        if name == "swap" and backgrounds is not None:
-            theirs = backgrounds.plates.index_select(0, to_device(backgrounds.place[rows[drawn]], device))
+    colour = ncp.glass_colour(plate) if any(act.name in _GLASS_OPS for act in acts) else None
+    for act in acts:
+        name, at, much, seeds, scale = act.name, act.at, act.much, act.seeds, act.mpp
+        here = plate.index_select(0, at) if len(at) < count else plate
+        if name == "swap":
             here = ncp.swap_background(here, theirs, much)
         elif name == "shuffle":
-            here = ncp.shuffle_patches(here, settings.patch_um / scale, much, seed)
+            here = ncp.shuffle_patches(here, settings.patch_um / scale, much, seeds)
         elif name == "stain":
-            here = jitter_stain(here, much, seed)
+            here = jitter_stain(here, much, seeds)
         elif name == "blur":
             here = blur(here, much * BLUR_SIGMA_UM / scale)
         elif name == "exchange":
             kept = weight.index_select(0, at) > 0
             kept = kept if real is None else kept | ~real.index_select(0, at)
-            here = exchange_outside(here, kept, settings.block_um / scale, much, seed)
+            here = exchange_outside(here, kept, settings.block_um / scale, much, seeds)
         elif name == "noise":
-            here = ncp.add_noise(here, much * NOISE_STD, seed)
+            here = ncp.add_noise(here, much * NOISE_STD, seeds)
         elif name == "fade" and colour is not None:
             here = ncp.fade(here, much, colour.index_select(0, at))
         elif name == "cutout" and colour is not None:
-            here = ncp.cut_out(here, much * CUTOUT_SIDE, seed, colour.index_select(0, at))
+            here = ncp.cut_out(here, much * CUTOUT_SIDE, seeds, colour.index_select(0, at))
         else:
             raise ValueError(f"draw names an unknown op {name!r}")
-        plate = plate.index_copy_(0, at, here) if len(drawn) < len(plate) else here
-    mixed = _like(ncp.keep_nuclei_(plate, unit, pixels), images.dtype)
-    if images.dtype in (torch.uint8, torch.float32):  # whose values survived the way there and back
+        if len(at) < count:
+            plate.index_copy_(0, at, here)
+        else:
+            plate = here
+    if taken is None:
+        unit = plate
+    elif plate is not whole:
+        whole.copy_(plate)
+    mixed = _like_(ncp.keep_nuclei_(unit, own, pixels)[:count], original.dtype)
+    if original.dtype in (torch.uint8, torch.float32):  # whose values survived the way there and back
         return mixed
     return torch.where(stay, original, mixed)
+
+
+def _with_donors(
+    original: Tensor,
+    stay: Tensor,
+    mpp: Tensor,
+    settings: NCPSettings,
+    taken: _Act | None,
+    donors: Tensor,
+    donor_masks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The samples, after them the donors of those in ``taken``, and how much of each pixel is nuclear.
+
+    Returns:
+        (n + d, C, H, W) float32 in [0, 1], new memory; and (n + d, 1, H, W) float32 in [0, 1].
+    """
+    discs = settings.keep_radius_um > 0
+    if taken is None:
+        unit = _unit(original)
+        weight = stay.to(torch.float32) if discs else _weight(stay, mpp, settings)
+        return unit, weight
+    giver = to_device(taken.donor, donors.device)
+    unit = _unit(torch.cat([original, donors.index_select(0, giver)]))
+    if donor_masks is None:
+        theirs = torch.zeros_like(stay[:1]).expand(len(giver), -1, -1, -1)
+    else:
+        theirs = donor_masks.index_select(0, giver)
+    if not discs:
+        return unit, _weight(torch.cat([stay, theirs]), torch.cat([mpp, taken.mpp]), settings)
+    return unit, torch.cat([stay.to(torch.float32), _weight(theirs, taken.mpp, settings)])
+
+
+def _weight(masks: Tensor, mpp: Tensor, settings: NCPSettings) -> Tensor:
+    """:func:`ncp.nuclear_weight` with lengths in micrometres."""
+    return ncp.nuclear_weight(masks, settings.margin_um / mpp, settings.feather_um / mpp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -9,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cytossl_monai.transforms.kernels.chunks import per_sample
+from cytossl_monai.transforms.kernels.device import made_once, to_device
+from cytossl_monai.transforms.kernels.resampling import shifted
 
-__all__ = ["NuclearPixels", "background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight"]
+__all__ = ["NuclearPixels", "background_plate", "glass_colour", "keep_nuclei_", "nuclear_weight", "paint_over_"]
 
 _MAX_MARGIN = 120  # pixels; squared distances are held in int16
 _FAR = 15_000  # a squared distance beyond any margin: 120**2 = 14_400; plus 120**2 it still fits in int16
 _SMALL_MARGIN = 11  # pixels up to which uint8 will do, which is faster
 _SMALL_FAR = 125  # 11**2 = 121; plus 11**2 it still fits
+_SHIFTS = 2 * _SMALL_MARGIN + 1  # copies of the mask at a time
 
 _FILL_STRIDE = 8  # pixels between the nodes of the grid from which nuclei are filled with what lies around them
 _GLASS_STRIDE = 16  # pixels a side of the blocks whose brightest is taken for glass
@@ -49,20 +52,37 @@ def nuclear_weight(mask: Tensor, margin: Tensor, feather: Tensor) -> Tensor:
         )
     dtype, far = (torch.uint8, _SMALL_FAR) if radius <= _SMALL_MARGIN else (torch.int16, _FAR)
     squared = (~mask).to(dtype).mul_(far)
-    moved = torch.empty_like(squared)
     for dim in (2, 3):
-        source, squared = squared, squared.clone()
-        length = source.shape[dim]
-        for step in range(1, min(radius, length - 1) + 1):
-            torch.add(source, step * step, out=moved)
-            kept = length - step
-            ahead, behind = squared.narrow(dim, step, kept), squared.narrow(dim, 0, kept)
-            torch.minimum(ahead, moved.narrow(dim, 0, kept), out=ahead)
-            torch.minimum(behind, moved.narrow(dim, step, kept), out=behind)
-    distance = squared.to(torch.float32).sqrt_()
-    ramp = per_sample(feather, distance).clamp_min(1e-3)
-    weight = distance.neg_().add_(per_sample(margin, distance) + ramp).div_(ramp).clamp_(0.0, 1.0)
-    return weight.mul(weight).mul_(weight.mul_(-2.0).add_(3.0))  # smoothstep: no kink where the ramp ends
+        squared = _lower_envelope(squared, dim, radius, far)
+    ramp = feather.to(torch.float32).clamp_min(1e-3)
+    end = margin.to(torch.float32) + ramp
+    end, ramp = to_device(torch.stack([end, ramp]), mask.device).view(2, -1, 1, 1, 1).unbind()
+    weight = (end - squared.sqrt()).div_(ramp).clamp_(0.0, 1.0)
+    return (weight * weight).mul_(torch.rsub(weight, 3.0, alpha=2.0))  # smoothstep: no kink where the ramp ends
+
+
+def _lower_envelope(values: Tensor, dim: int, radius: int, far: int) -> Tensor:
+    """Least of ``values + distance**2`` along ``dim``, up to ``radius`` pixels away: the same shape and dtype."""
+    radius = min(radius, values.shape[dim] - 1)
+    if radius < 1:
+        return values
+    padded = F.pad(values, (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0), value=far)
+    copies = shifted(padded, dim, values.shape[dim])
+    if values.device.type == "cpu":  # where ``amin`` takes integers one by one
+        least = values.clone()
+        for step in range(1, radius + 1):
+            nearer = torch.minimum(copies[radius - step], copies[radius + step]).add_(step * step)
+            torch.minimum(least, nearer, out=least)
+        return least
+    squares = _squares(radius, values.dtype, values.device)
+    blocks = [slice(first, first + _SHIFTS) for first in range(0, 2 * radius + 1, _SHIFTS)]
+    return functools.reduce(torch.minimum, [(copies[some] + squares[some]).amin(0) for some in blocks])
+
+
+@made_once
+def _squares(radius: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2 radius + 1, 1, 1, 1, 1): squares of the whole numbers from -radius to radius."""
+    return torch.arange(-radius, radius + 1, device=device).square().to(dtype).view(-1, 1, 1, 1, 1)
 
 
 def _pool(x: Tensor, stride: int | tuple[int, int]) -> Tensor:
@@ -75,12 +95,14 @@ class NuclearPixels:
     """The pixels that are painted over and put back: few of a tile's, so both are done pixel by pixel.
 
     Attributes:
-        at: (P,) int64, their positions in the flattened (B, 1, H, W) weight.
-        there: (C, P) int64, the same in the flattened (B, C, H, W) images.
+        sample: (P,) int64, which sample of the batch each lies in.
+        place: (P,) int64, its position in the flattened (H, W) plane.
+        there: (C, P) int64, its positions in the flattened (B, C, H, W) images.
         weight: (P,) float32, more than 0.
     """
 
-    at: Tensor
+    sample: Tensor
+    place: Tensor
     there: Tensor
     weight: Tensor
 
@@ -91,34 +113,57 @@ class NuclearPixels:
         flat = weight.flatten()
         at = flat.nonzero().squeeze(1)
         sample = torch.div(at, plane, rounding_mode="floor")
-        channel = torch.arange(channels, device=at.device).unsqueeze(1)
-        return cls(at, channel * plane + (at + sample * ((channels - 1) * plane)), flat[at])
+        first = torch.add(at, sample, alpha=(channels - 1) * plane)
+        there = first + _steps(channels, plane, at.device)
+        return cls(sample, torch.sub(at, sample, alpha=plane), there, flat[at])
 
 
-def _enlarged_at(coarse: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
-    """What ``coarse``, enlarged bilinearly by ``_FILL_STRIDE``, has at the pixels ``at`` of (B, 1, H, W): (C, P)."""
-    channels, height, width = shape[1:]
-    rows, columns = coarse.shape[-2:]
-    row = torch.div(at, width, rounding_mode="floor")
-    column = at - row * width
-    sample = torch.div(row, height, rounding_mode="floor")
-    corners, shares = [], []
-    for place, length, nodes in ((row - sample * height, height, rows), (column, width, columns)):
-        node = ((torch.arange(length, device=at.device) + 0.5) / _FILL_STRIDE - 0.5).clamp_(0, nodes - 1)
+@made_once
+def _steps(count: int, size: int, device: torch.device) -> Tensor:
+    """(count, 1) int64: multiples of ``size``, from 0 on."""
+    return torch.arange(count, device=device).mul_(size).unsqueeze(1)
+
+
+@made_once
+def _corners(height: int, width: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Between which nodes of a coarse grid the pixels of a plane lie.
+
+    Args:
+        height: of the plane.
+        width: of the plane.
+        rows: of the grid, whose nodes are ``_FILL_STRIDE`` pixels apart.
+        columns: of the grid.
+        device: where the tensors are needed.
+
+    Returns:
+        (4, height * width) int64, positions in the flattened grid of the nodes to the upper left, upper right, lower
+        left and lower right; and (2, height * width) float32, how near a pixel is to the right and to the lower ones.
+    """
+    firsts, nexts, shares = [], [], []
+    for length, nodes in ((height, rows), (width, columns)):
+        node = ((torch.arange(length, device=device) + 0.5) / _FILL_STRIDE - 0.5).clamp_(0, nodes - 1)
         first = node.to(torch.int64)
-        corners.append((first[place], (first + 1).clamp_(max=nodes - 1)[place]))
-        shares.append((node - first)[place])
-    flat = coarse.contiguous().flatten()
-    base = torch.arange(channels, device=at.device).unsqueeze(1) * (rows * columns)
-    base = base + sample * (channels * rows * columns)
-    upper, lower = (base + at_row * columns for at_row in corners[0])
-    left, right = corners[1]
-    above = torch.lerp(flat[upper + left], flat[upper + right], shares[1])
-    below = torch.lerp(flat[lower + left], flat[lower + right], shares[1])
-    return torch.lerp(above, below, shares[0])
+        firsts.append(first)
+        nexts.append((first + 1).clamp_(max=nodes - 1))
+        shares.append(node - first)
+    corners = [row.unsqueeze(1) * columns + column for row in (firsts[0], nexts[0]) for column in (firsts[1], nexts[1])]
+    beside, below = torch.broadcast_tensors(shares[1].unsqueeze(0), shares[0].unsqueeze(1))
+    return torch.stack(corners).flatten(1), torch.stack([beside, below]).flatten(1)
 
 
-def background_plate(image: Tensor, weight: Tensor, pixels: NuclearPixels | None = None) -> Tensor:
+def _enlarged_at(coarse: Tensor, pixels: NuclearPixels, height: int, width: int) -> Tensor:
+    """What ``coarse`` (B, C, h, w), enlarged bilinearly by ``_FILL_STRIDE``, has at some pixels of (H, W): (C, P)."""
+    channels, rows, columns = coarse.shape[1:]
+    size = rows * columns
+    corners, shares = _corners(height, width, rows, columns, coarse.device)
+    first = torch.add(_steps(channels, size, coarse.device), pixels.sample, alpha=channels * size)
+    nodes = coarse.flatten()[first.unsqueeze(1) + corners[:, pixels.place]]
+    beside, below = shares[:, pixels.place]
+    upper, lower = torch.lerp(nodes[:, ::2], nodes[:, 1::2], beside).unbind(1)
+    return torch.lerp(upper, lower, below)
+
+
+def background_plate(image: Tensor, weight: Tensor) -> Tensor:
     """The tile with its nuclei painted over by what lies around them.
 
     Perturbations work on this plate, not on the tile: a blurred nucleus would leave a dark halo beside the sharp one,
@@ -128,49 +173,78 @@ def background_plate(image: Tensor, weight: Tensor, pixels: NuclearPixels | None
     Args:
         image: (B, C, H, W) float32 in [0, 1].
         weight: (B, 1, H, W) float32 in [0, 1], as of :func:`nuclear_weight`: 1 where the tile is painted over.
-        pixels: those of the weight, where they are known already.
 
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    keep = 1.0 - weight
-    # Of means over 8 x 8 pixels, every second row tells as much.
-    some = keep[..., ::2, :]
-    stride = (_FILL_STRIDE // 2, _FILL_STRIDE)
-    levels = [(_pool(image[..., ::2, :] * some, stride), _pool(some, stride))]
-    while max(levels[-1][1].shape[-2:]) > 1:
-        colour, known = levels[-1]
-        levels.append((_pool(colour, 2), _pool(known, 2)))
-    colour, known = levels.pop()
-    mean = image.mean(dim=(2, 3), keepdim=True)  # a tile that is nuclei all over has nothing else to be filled with
-    fill = torch.where(known > 1e-4, colour / known.clamp_min(1e-4), mean)
-    for colour, known in reversed(levels):
-        # So small that one call of PyTorch's own is faster than ``resampling.double``.
-        coarse = F.interpolate(fill, scale_factor=2.0, mode="bilinear", align_corners=False)
-        coarse = coarse[..., : known.shape[-2], : known.shape[-1]]
-        trust = (known * 4.0).clamp_(0.0, 1.0)  # a node that sees a quarter of background stands for itself
-        fill = torch.lerp(coarse, colour / known.clamp_min(1e-4), trust)
     out = image.clone(memory_format=torch.contiguous_format)
-    pixels = NuclearPixels.of(weight, image.shape[1]) if pixels is None else pixels
-    painted = _enlarged_at(fill, pixels.at, image.shape)
-    flat = out.view(-1)
-    flat[pixels.there] = torch.lerp(flat[pixels.there], painted, pixels.weight).clamp_(0.0, 1.0)
+    paint_over_(out, weight, NuclearPixels.of(weight, image.shape[1]))
     return out
 
 
-def keep_nuclei_(perturbed: Tensor, image: Tensor, pixels: NuclearPixels) -> Tensor:
+def paint_over_(image: Tensor, weight: Tensor, pixels: NuclearPixels) -> Tensor:
+    """:func:`background_plate` in place.
+
+    Args:
+        image: (B, C, H, W) float32 in [0, 1], contiguous; written to.
+        weight: (B, 1, H, W) float32 in [0, 1].
+        pixels: those of the weight.
+
+    Returns:
+        (C, P) float32: what was at these pixels, for :func:`keep_nuclei_`.
+    """
+    fill = _filled(image, weight)
+    painted = _enlarged_at(fill, pixels, *image.shape[-2:])
+    flat = image.view(-1)
+    own = flat[pixels.there]
+    flat[pixels.there] = torch.lerp(own, painted, pixels.weight).clamp_(0.0, 1.0)
+    return own
+
+
+def _filled(image: Tensor, weight: Tensor) -> Tensor:
+    """Colours around nuclei on a coarse grid, a node each ``_FILL_STRIDE`` pixels: (B, C, h, w) float32."""
+    batch, channels = image.shape[:2]
+    # Of means over 8 x 8 pixels, every second row tells as much. The last channel is how much of a pixel is known.
+    known = 1.0 - weight[..., ::2, :]
+    level = torch.empty(batch, channels + 1, *known.shape[-2:], device=image.device)
+    torch.mul(image[..., ::2, :], known, out=level[:, :channels])
+    level[:, channels:] = known
+    level = _pool(level, (_FILL_STRIDE // 2, _FILL_STRIDE))
+    levels = [level]
+    while max(level.shape[-2:]) > 1:
+        level = _pool(level, 2)
+        levels.append(level)
+    # What is done to each node by itself is done to those of all levels at once.
+    nodes = torch.cat([level.flatten(2) for level in levels], 2)
+    known = nodes[:, channels:]
+    colour = nodes[:, :channels] / known.clamp_min(1e-4)
+    trust = (known * 4.0).clamp_(0.0, 1.0)  # a node that sees a quarter of background stands for itself
+    sizes = [level.shape[-2:] for level in levels]
+    counts = [size.numel() for size in sizes]
+    parts = zip(colour.split(counts, 2), trust.split(counts, 2), sizes, strict=True)
+    *finer, (top, _, _) = ((c.unflatten(2, size), t.unflatten(2, size), size) for c, t, size in parts)
+    mean = image.mean(dim=(2, 3), keepdim=True)  # a tile that is nuclei all over has nothing else to be filled with
+    fill = torch.where(known[..., -1:].unsqueeze(-1) > 1e-4, top, mean)
+    for colour, trust, (rows, columns) in reversed(finer):
+        # So small that one call of PyTorch's own is faster than ``resampling.double``.
+        coarse = F.interpolate(fill, scale_factor=2.0, mode="bilinear", align_corners=False)
+        fill = torch.lerp(coarse[..., :rows, :columns], colour, trust)
+    return fill
+
+
+def keep_nuclei_(perturbed: Tensor, own: Tensor, pixels: NuclearPixels) -> Tensor:
     """Put the nuclei back, with their margins: ``weight * image + (1 - weight) * perturbed``.
 
     Args:
         perturbed: (B, C, H, W) float32 in [0, 1], contiguous; written to.
-        image: (B, C, H, W) float32 in [0, 1].
+        own: (C, P) float32, what the image had at these pixels, as of :func:`paint_over_`.
         pixels: those that are nuclear or near to it, with their weights.
 
     Returns:
-        ``perturbed``, bit-identical to ``image`` where the weight is 1.
+        ``perturbed``, bit-identical to the image where the weight is 1.
     """
     flat = perturbed.view(-1)
-    flat[pixels.there] = torch.lerp(flat[pixels.there], image.flatten()[pixels.there], pixels.weight)
+    flat[pixels.there] = torch.lerp(flat[pixels.there], own, pixels.weight)
     return perturbed
 
 

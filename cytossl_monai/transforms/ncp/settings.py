@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cytossl_monai.transforms.kernels.random import hash_uniform
+from cytossl_monai.transforms.kernels.random import hash_uniform, hash_uniforms
 
 __all__ = ["OP_NAMES", "PRESETS", "Draw", "NCPSettings", "OpSetting"]
 
@@ -115,10 +115,13 @@ class Draw:
 
     def active(self) -> Tensor:
         """(B,) bool: samples that at least one op acts on."""
-        hit = torch.zeros(len(self.seeds), dtype=torch.bool)
-        for amount in self.amounts.values():
-            hit |= amount > 0
-        return hit
+        if not self.amounts:
+            return torch.zeros(len(self.seeds), dtype=torch.bool)
+        return (torch.stack(list(self.amounts.values())) > 0).any(0)
+
+    def acts(self, name: str) -> bool:
+        """Whether an op acts on any sample."""
+        return name in self.amounts and bool((self.amounts[name] > 0).any())
 
 
 class NCPSettings:
@@ -212,19 +215,21 @@ class NCPSettings:
         """
         batch = len(seeds)
         seeds = seeds.cpu()
-        active = self.perturbs(seeds)
-        chance = hash_uniform(seeds, _DRAW_STREAM, len(OP_NAMES))
-        part = hash_uniform(seeds, _AMOUNT_STREAM, len(OP_NAMES)).mul_(1.0 - LEAST_PART).add_(LEAST_PART)
-        if not self.random_amount:
-            part = torch.ones_like(part)
-        amounts = {}
-        for position, name in enumerate(OP_NAMES):
-            if name not in self.ops or (name == "swap" and batch < 2 and not own_donors):
-                continue
-            setting = self.ops[name]
-            drawn = active & (chance[:, position] < setting.prob)
-            amounts[name] = torch.where(drawn, setting.strength * part[:, position], 0.0).to(torch.float32)
-        offset = 1 + (hash_uniform(seeds, _DONOR_STREAM, 1)[:, 0] * max(batch - 1, 1)).to(torch.int64)
+        streams = (_ACTIVE_STREAM, _DRAW_STREAM, _AMOUNT_STREAM, _DONOR_STREAM)
+        act, chance, part, donor = hash_uniforms(seeds, streams, len(OP_NAMES)).unbind()
+        part.mul_(1.0 - LEAST_PART).add_(LEAST_PART)
+        on = [name for name in self.ops if name != "swap" or batch >= 2 or own_donors]
+        on.sort(key=OP_NAMES.index)
+        places = [OP_NAMES.index(name) for name in on]
+        prob, strength = (
+            torch.tensor([(self.ops[n].prob, self.ops[n].strength) for n in on], dtype=torch.float64)
+            .view(-1, 2)
+            .unbind(1)
+        )
+        drawn = (chance[:, places] < prob) & (act[:, :1] < self.prob)
+        much = strength * part[:, places] if self.random_amount else strength
+        amounts = dict(zip(on, torch.where(drawn, much, 0.0).to(torch.float32).unbind(1), strict=True))
+        offset = 1 + (donor[:, 0] * max(batch - 1, 1)).to(torch.int64)
         donor = (torch.arange(batch) + offset) % max(batch, 1)
         return Draw(seeds, amounts, donor)
 

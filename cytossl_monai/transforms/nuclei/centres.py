@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cytossl_monai.transforms.kernels.device import grouped_sum, to_device
+from cytossl_monai.transforms.kernels.device import grouped_sums, to_device
 from cytossl_monai.transforms.nuclei.labels import label_planes
 
 __all__ = ["NucleiCentres"]
@@ -82,14 +82,14 @@ class NucleiCentres:
         flat = labels.flatten()
         inside = flat.nonzero().squeeze(1)
         owner = flat[inside].long() - 1
-        row = torch.div(inside, width, rounding_mode="floor")
-        columns, rows = (inside - row * width).double(), row.remainder(height).double()
-        first = torch.zeros(count, dtype=torch.float64, device=labels.device)
-        first[owner] = torch.div(row, height, rounding_mode="floor").double()
+        line = torch.div(inside, width, rounding_mode="floor")
+        tile = torch.div(line, height, rounding_mode="floor")
+        column, row = torch.sub(inside, line, alpha=width), torch.sub(line, tile, alpha=height)
+        values = torch.stack([column, row, tile, torch.ones_like(tile)]).double()
         # One copy to the host, where all that follows is decided.
-        found = torch.stack([*(grouped_sum(owner, values, count) for values in (columns, rows, None)), first]).cpu()
-        sample = found[3].long()
-        xy = found[:2].T / found[2].unsqueeze(1).clamp_min(1) + 0.5
+        *sums, pixels = grouped_sums(owner, values, count).cpu()
+        x, y, sample = (total / pixels.clamp_min(1) for total in sums)
+        xy, sample = torch.stack([x, y], 1) + 0.5, sample.long()
         order = torch.argsort(sample, stable=True)
         if bool((order[1:] < order[:-1]).any()):
             place = torch.empty_like(order)
@@ -113,14 +113,16 @@ class NucleiCentres:
         Args:
             rows: (n,) int64 on the CPU, the tiles to take, in this order.
         """
+        if len(rows) == self.batch and torch.equal(rows, torch.arange(self.batch)):
+            return self
         counts, first = self.counts()[rows], self.first()[rows]
         sample = torch.repeat_interleave(torch.arange(len(rows)), counts)
         starts = counts.cumsum(0) - counts
         taken = torch.arange(len(sample)) - starts[sample] + first[sample]
         labels = None
         if self.labels is not None:
-            part = self.labels.index_select(0, to_device(rows, self.labels.device)).long()
-            shift = to_device(starts - first, part.device).view(-1, 1, 1)
+            part = self.labels.index_select(0, to_device(rows, self.labels.device))
+            shift = to_device((starts - first).to(part.dtype), part.device).view(-1, 1, 1)
             labels = torch.where(part > 0, part + shift, 0)
         return NucleiCentres(self.xy[taken], sample, len(rows), labels)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cytossl_monai.transforms.kernels.chunks import chunks
-from cytossl_monai.transforms.kernels.device import to_device
+from cytossl_monai.transforms.kernels.device import made_once, to_device
 from cytossl_monai.transforms.kernels.resampling import halve
 
 __all__ = ["CropBoxes", "cut_together", "draw_boxes", "native_scale", "view_groups"]
@@ -37,6 +37,8 @@ class CropBoxes:
 
     def of(self, rows: Tensor | slice) -> CropBoxes:
         """The boxes of some samples."""
+        if isinstance(rows, slice) and rows == slice(0, len(self.centre)):
+            return self
         return CropBoxes(self.centre[rows], self.size[rows], self.sides[rows])
 
     def split(self, size: int) -> list[CropBoxes]:
@@ -82,7 +84,7 @@ def draw_boxes(
     drawn: Tensor,
     height: int,
     width: int,
-    scale: tuple[float, float],
+    scale: tuple[float | Tensor, float | Tensor],
     ratio: tuple[float, float],
     flip: bool = True,
     turn: bool = True,
@@ -96,7 +98,7 @@ def draw_boxes(
         drawn: (B, 8) float64 in [0, 1), the random numbers to use.
         height: of the tiles, pixels.
         width: of the tiles, pixels.
-        scale: least and largest part of the tile's area.
+        scale: least and largest part of the tile's area, one for all or (B,) float64 on the CPU.
         ratio: least and largest width to height.
         flip: mirror half of the samples.
         turn: turn by 0, 90, 180 or 270 degrees, each as likely.
@@ -159,49 +161,61 @@ def _real_edges(valid: Tensor | None, batch: int, height: int, width: int) -> tu
     return left, top, right, torch.maximum(edges[:, 3].clamp(max=height), top + 1.0)
 
 
+@made_once
+def _line(side: int, device: torch.device) -> Tensor:
+    """(side, 1) float64: the middles of a view's pixels along its side, in [-1, 1]."""
+    # By the host: a GPU divides by multiplying with the inverse, which is rounded.
+    line = (torch.arange(side, dtype=torch.float64) * 2.0 + 1.0) / side - 1.0
+    return to_device(line.unsqueeze(1), device)
+
+
 def _grid(boxes: CropBoxes, side: int, height: int, width: int, device: torch.device) -> Tensor:
     """(n, side, side, 2) sampling positions in [-1, 1], as ``grid_sample`` takes them (``align_corners=False``)."""
     tile = torch.tensor([width, height], dtype=torch.float64)
     middle = 2.0 * boxes.centre / tile - 1.0
     steps = boxes.sides / tile.unsqueeze(-1)
-    line = ((torch.arange(side, dtype=torch.float64) * 2.0 + 1.0) / side - 1.0).view(1, -1, 1)
-    along_x = (middle.unsqueeze(1) + steps[:, None, :, 0] * line).to(torch.float32)
-    along_y = (steps[:, None, :, 1] * line).to(torch.float32)
+    numbers = to_device(torch.cat([steps.transpose(1, 2), middle.unsqueeze(1)], 1), device)
+    along = numbers[:, :2].unsqueeze(2) * _line(side, device)
+    along[:, 0].add_(numbers[:, 2:])
     # Pairs are added as complex numbers: one pass that writes in order.
-    both = to_device(torch.stack([along_x, along_y]), device)
-    x, y = torch.view_as_complex(both).unbind()
+    x, y = torch.view_as_complex(along.to(torch.float32)).unbind(1)
     return torch.view_as_real(x.unsqueeze(1) + y.unsqueeze(2))
 
 
 def _cut(pyramid: list[Tensor], boxes: CropBoxes, side: int, channels: int) -> Tensor:
-    """Views of each sample: (m, channels, side, side).
+    """Views of each sample: (V, n, channels, side, side), not contiguous.
 
     Args:
         pyramid: (n, C, H, W) and its halves, quarters, ..., which are added where they are needed first.
-        boxes: where to cut, m of them, a multiple of n: all samples, then all samples again, ...
+        boxes: where to cut, V of them for each sample: all samples, then all samples again, ...
         side: of the view in pixels.
         channels: the first so many are cut.
     """
     depths = torch.log2(boxes.size.amax(1) / (side * _ALIAS_FACTOR)).ceil_().clamp_(min=0).to(torch.int64)
-    deepest = int(depths.max())
-    while len(pyramid) <= deepest:
+    counts = torch.bincount(depths)
+    while len(pyramid) < len(counts):
         pyramid.append(halve(pyramid[-1]))
     samples = len(pyramid[0])
 
     def sample(depth: int, picture: Tensor, boxes: CropBoxes) -> Tensor:
+        """Views from pictures, each of which may be cut several times: (n, channels, V * side, side)."""
         height, width = (length << depth for length in picture.shape[-2:])
-        grid = _grid(boxes, side, height, width, picture.device)
+        grid = _grid(boxes, side, height, width, picture.device).view(len(picture), -1, side, 2)
         return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
-    if len(depths) == samples and bool((depths == deepest).all()):
-        return sample(deepest, pyramid[deepest][:, :channels], boxes)
-    out = torch.empty(len(depths), channels, side, side, device=pyramid[0].device)
-    for depth in depths.unique().tolist():  # seldom more than two
-        rows = (depths == depth).nonzero().squeeze(1)
-        source = to_device(rows % samples, out.device)
-        picture = pyramid[depth][:, :channels].index_select(0, source)
-        out.index_copy_(0, to_device(rows, out.device), sample(depth, picture, boxes.of(rows)))
-    return out
+    # All views of a sample lie below one another in one call, so that no picture is copied for each of its views. Those
+    # few that another depth suits better are cut again.
+    most = int(counts.argmax())
+    by_sample = torch.arange(len(depths)).view(-1, samples).T.flatten()
+    cut = sample(most, pyramid[most][:, :channels], boxes.of(by_sample))
+    cut = cut.unflatten(2, (-1, side)).permute(2, 0, 1, 3, 4)
+    for depth in counts.nonzero().flatten().tolist():
+        if depth != most:
+            rows = (depths == depth).nonzero().squeeze(1)
+            view, source = to_device(torch.stack([rows // samples, rows % samples]), cut.device)
+            picture = pyramid[depth][:, :channels].index_select(0, source)
+            cut[view, source] = sample(depth, picture, boxes.of(rows))
+    return cut
 
 
 def view_groups(sizes: Sequence[int], masked: Collection[int], device: torch.device) -> list[list[int]]:
@@ -264,16 +278,16 @@ def cut_together(
     planes = channels + any(mask is not None for _, mask in out)
     for rows in chunks(tiles):
         source = torch.empty(rows.stop - rows.start, planes, height, width, device=device)
-        source[:, :channels] = tiles[rows]
         if tiles.dtype == torch.uint8:
-            source[:, :channels] /= 255.0
+            torch.div(tiles[rows], 255.0, out=source[:, :channels])
+        else:
+            source[:, :channels] = tiles[rows]
         if masks is not None and planes > channels:
             source[:, channels:] = masks[rows]
         pyramid = [source]
         for group, (view, mask) in zip(groups, out, strict=True):
             places = CropBoxes.joined([boxes[index].of(rows) for index in group])
             cut = _cut(pyramid, places, sizes[group[0]], channels if mask is None else planes)
-            cut = cut.unflatten(0, (len(group), -1))
             torch.clamp(cut[:, :, :channels], 0.0, 1.0, out=view[:, rows])
             if mask is not None:
                 torch.gt(cut[:, :, channels:], 0.5, out=mask[:, rows])

@@ -30,6 +30,11 @@ class DrawnViews:
     crops: list[Tensor]
     seeds: list[Tensor]
 
+    def colour_seeds(self) -> Tensor:
+        """(V, B) int64: the seeds of the views' colours."""
+        none = torch.zeros(0, len(self.shared), dtype=torch.int64)
+        return torch.stack([both[1] for both in self.seeds]) if self.seeds else none
+
 
 def draw_views(batch: int, views: int, tile_seeds: bool, generator: torch.Generator | None = None) -> DrawnViews:
     """Draw.

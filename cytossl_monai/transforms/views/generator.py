@@ -267,6 +267,8 @@ class ViewGenerator(nn.Module):
         out: dict[str, Any] = {"global": [], "local": [], "nuclei": [], "kept": kept}
         masked = {*range(self.n_global), *self.ncp_views}
         groups = view_groups(self.sizes, masked, tiles.device)
+        colours = drawn.colour_seeds()
+        chances = hash_uniform(colours.flatten(), 10, 6).view(*colours.shape, 6)
         for group, (views, cut) in zip(groups, cut_together(tiles, masks, boxes, self.sizes, groups, masked)):
             for place, index in enumerate(group):
                 if perturbing and self.ncp is not None and index in self.ncp_views and cut is not None:
@@ -276,7 +278,8 @@ class ViewGenerator(nn.Module):
                         view_scale = (scale * zoom).to(torch.float32)
                     view, seeds = views[place], drawn.seeds[index][0]
                     self.ncp(view, cut[place], view_scale, seeds=seeds, check=False, out=view)
-            self._colour_(views.flatten(0, 1), torch.cat([drawn.seeds[index][1] for index in group]))
+            some = slice(group[0], group[-1] + 1)
+            self._colour_(views.flatten(0, 1), colours[some].flatten(), chances[some].flatten(0, 1))
             for place, index in enumerate(group):
                 out["global" if index < self.n_global else "local"].append(views[place])
                 if index < self.n_global and cut is not None:
@@ -292,38 +295,46 @@ class ViewGenerator(nn.Module):
     ) -> list[CropBoxes]:
         """Where each view is cut; every view draws a nucleus of its own, unless the global ones share one."""
         height, width = tiles.shape[-2:]
-        shared, batch = draws.shared, len(tiles)
-        boxes = []
-        kinds = ((0, self.n_global, self.global_scale), (self.n_global, len(draws.crops), self.local_scale))
-        for first, last, scale in kinds:  # the global views, and the local ones
-            if first == last:
-                continue
-            drawn = torch.stack(draws.crops[first:last])
-            nucleus = None
-            if nuclei is not None:
-                is_global = first < self.n_global
-                together = (shared[:, 0] < self.same_nucleus_prob) & is_global
-                alone = drawn[..., NUMBERS] < self.nucleus_prob[0 if is_global else 1]
-                centre, has = nuclei.pick(torch.where(together, shared[:, 1], drawn[..., NUMBERS + 1]))
-                nucleus = centre.flatten(0, 1), (has & (together | alone)).flatten()
-            every = draw_boxes(
-                drawn[..., :NUMBERS].flatten(0, 1),
-                height,
-                width,
-                scale,
-                self.ratio,
-                self.flip,
-                self.turn,
-                self.rotate,
-                nucleus,
-                None if valid is None else valid.repeat(last - first, 1),
-            )
-            boxes += every.split(batch) if batch else [every] * (last - first)
-        return boxes
+        views, batch = len(self.sizes), len(tiles)
+        if views == 0:
+            return []
+        drawn = torch.stack(draws.crops)
+        is_global = (torch.arange(views) < self.n_global).unsqueeze(1)
 
-    def _colour_(self, view: Tensor, seeds: Tensor) -> None:
-        """Vary stains, blur, and (off by default) vary RGB, take colour away and solarise, in place."""
-        drawn = hash_uniform(seeds, 10, 6)
+        def of_each(pair: tuple[float, ...]) -> Tensor:
+            """(V, 1): the first number for global views, the second for local ones."""
+            of_global, of_local = torch.tensor(pair, dtype=torch.float64)
+            return torch.where(is_global, of_global, of_local)
+
+        nucleus = None
+        if nuclei is not None:
+            together = (draws.shared[:, 0] < self.same_nucleus_prob) & is_global
+            alone = drawn[..., NUMBERS] < of_each(self.nucleus_prob)
+            centre, has = nuclei.pick(torch.where(together, draws.shared[:, 1], drawn[..., NUMBERS + 1]))
+            nucleus = centre.flatten(0, 1), (has & (together | alone)).flatten()
+        low, high = zip(self.global_scale, self.local_scale, strict=True)
+        every = draw_boxes(
+            drawn[..., :NUMBERS].flatten(0, 1),
+            height,
+            width,
+            (of_each(low).expand(-1, batch).flatten(), of_each(high).expand(-1, batch).flatten()),
+            self.ratio,
+            self.flip,
+            self.turn,
+            self.rotate,
+            nucleus,
+            None if valid is None else valid.repeat(views, 1),
+        )
+        return every.split(batch) if batch else [every] * views
+
+    def _colour_(self, view: Tensor, seeds: Tensor, drawn: Tensor) -> None:
+        """Vary stains, blur, and (off by default) vary RGB, take colour away and solarise, in place.
+
+        Args:
+            view: (n, 3, H, W) float32 in [0, 1].
+            seeds: (n,) int64 on the CPU.
+            drawn: (n, 6) float64 in [0, 1), of these seeds.
+        """
         low, high = self.blur_sigma
         sigma = (low + (high - low) * drawn[:, 2]).to(torch.float32)
 

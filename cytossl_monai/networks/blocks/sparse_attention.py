@@ -13,6 +13,7 @@ from cytossl_monai.networks.blocks.attention.flex import flex_pays, flex_routed_
 from cytossl_monai.networks.blocks.attention.fused import fused_attention, fused_pays
 from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reach, reference_attention
 from cytossl_monai.networks.blocks.attention.routed import routed_attention, tiles_pay
+from cytossl_monai.networks.blocks.attention.tiled import tiled_pays, tiled_routed_attention
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
@@ -203,7 +204,9 @@ class SparseAttention(nn.Module):
         """(R, 3, h, d) -> (R, C)."""
         query, key, value = qkv.unbind(1)
         num_salient, window = reach(layout.grid, self.num_salient, self.window)
-        if flex_pays(query, self.irpe, self._dropout()):
+        if tiled_pays(query, self.irpe, window, self._dropout()):
+            out = tiled_routed_attention(query, key, value, layout, self.irpe, window, num_salient)
+        elif flex_pays(query, self.irpe, self._dropout()):
             out = flex_routed_attention(query, key, value, layout, self.irpe, window, num_salient)
         else:
             out = routed_attention(query, key, value, layout, self.irpe, window, num_salient, self._dropout())

@@ -1,0 +1,93 @@
+"""Compile the kernels of tiled attention for GPUs that are not there, and print what their compilers say, as JSON.
+
+    python tests/helpers/triton_ahead.py [width of a head] [sm_80 sm_90 ...]
+
+The operators start their kernels as on a GPU, forward and backward, with arguments of the same kinds. Triton builds
+each for the GPU that a stand-in for its driver names, and stops before it would run. A process of its own: kernels that
+were imported for the interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from cytossl_monai.networks.blocks.attention.tiled import tiled_routed_attention
+from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig
+from cytossl_monai.networks.blocks.token_layout import TokenLayout
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+
+class StandIn:
+    """As much of a driver as building needs. Each architecture is a device: Triton keeps their kernels apart."""
+
+    architecture = 80
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU to build for."""
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        """Its number."""
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        """None is needed."""
+        return 0
+
+
+def usage(binary: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack, where spilled ones go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as stream:
+        stream.write(binary)
+        stream.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", stream.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return {"registers": int(numbers["REG"]), "stack": int(numbers["STACK"])}
+
+
+def main() -> None:
+    width, *architectures = sys.argv[1:] or ["64", "sm_80", "sm_90"]
+    driver = StandIn()
+    triton.runtime.driver.set_active(driver)
+    rows: list[dict[str, Any]] = []
+    case: dict[str, Any] = {}
+    start = JITFunction.run
+
+    def build(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        built = start(kernel, *arguments, grid=grid, warmup=True, **options)
+        rows.append({**case, "kernel": kernel.fn.__name__, "shared": built.metadata.shared})
+        rows[-1] |= usage(built.asm["cubin"])
+
+    JITFunction.run = build
+    heads, grid, prefix = 6, (24, 20), 1
+    for architecture in architectures:
+        driver.architecture = int(architecture.removeprefix("sm_"))
+        for on, config in {
+            "none": None,
+            "bias": RPEConfig(mode="bias"),
+            "k": RPEConfig(on="k"),
+            "qk": RPEConfig(on="qk"),
+        }.items():
+            case.update(on=on, architecture=architecture)
+            irpe = None if config is None else IRPE(config, int(width), heads)
+            qkv = torch.zeros(2 * (prefix + grid[0] * grid[1]), 3, heads, int(width), dtype=torch.bfloat16)
+            parts = qkv.requires_grad_().unbind(1)
+            tiled_routed_attention(*parts, TokenLayout(2, grid, prefix), irpe, 3, 32).sum().backward()
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

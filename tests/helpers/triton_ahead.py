@@ -1,6 +1,6 @@
-"""Compile the kernels of tiled attention for GPUs that are not there, and print what their compilers say, as JSON.
+"""Compile kernels of attention for GPUs that are not there, and print what their compilers say, as JSON.
 
-    python tests/helpers/triton_ahead.py [width of a head] [sm_80 sm_90 ...]
+    python tests/helpers/triton_ahead.py fused|tiled 64 sm_80 sm_90        # width of a head, GPUs
 
 The operators start their kernels as on a GPU, forward and backward, with arguments of the same kinds. Triton builds
 each for the GPU that a stand-in for its driver names, and stops before it would run. A process of its own: kernels that
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from cytossl_monai.networks.blocks.attention.tiled import tiled_routed_attention
-from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig
+from cytossl_monai.networks.blocks.attention.in_triton import fused_op
+from cytossl_monai.networks.blocks.attention.in_triton.fused import fused_attention
+from cytossl_monai.networks.blocks.attention.in_triton.tiled import tiled_routed_attention
+from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -58,12 +61,36 @@ def usage(binary: bytes) -> dict[str, int]:
     return {"registers": int(numbers["REG"]), "stack": int(numbers["STACK"])}
 
 
+def fused(width: int) -> Iterator[str]:
+    """Batches of all numbers of tokens that have a block of their own, and each kind of encoding; names the case."""
+    encodings = {"k": ("key",), "qkv": ("key", "query", "value"), "bias": ("bias",), "none": ()}
+    for length, named in [*((length - 3, "qkv") for length in fused_op.FORWARD), *((197, on) for on in encodings)]:
+        yield f"{named}, {length} tokens"
+        shapes = {name: (1, 51) if name == "bias" else (1, 51, width) for name in encodings[named]}
+        tables = RPETables(**{name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()})
+        qkv = torch.zeros(2, length, 3, 6, width, dtype=torch.bfloat16, requires_grad=True)
+        ids = torch.zeros(length, length, dtype=torch.int16) if shapes else None
+        fused_attention(qkv, ids, tables, None, (16, None), 0).sum().backward()
+
+
+def tiled(width: int) -> Iterator[str]:
+    """Two images, and each kind of encoding; names the case."""
+    encodings = {"none": None, "bias": RPEConfig(mode="bias"), "k": RPEConfig(on="k"), "qk": RPEConfig(on="qk")}
+    heads, grid, prefix = 6, (24, 20), 1
+    for on, config in encodings.items():
+        yield on
+        irpe = None if config is None else IRPE(config, width, heads)
+        qkv = torch.zeros(2 * (prefix + grid[0] * grid[1]), 3, heads, width, dtype=torch.bfloat16)
+        parts = qkv.requires_grad_().unbind(1)
+        tiled_routed_attention(*parts, TokenLayout(2, grid, prefix), irpe, 3, 32).sum().backward()
+
+
 def main() -> None:
-    width, *architectures = sys.argv[1:] or ["64", "sm_80", "sm_90"]
+    attention, width, *architectures = sys.argv[1:]
     driver = StandIn()
     triton.runtime.driver.set_active(driver)
     rows: list[dict[str, Any]] = []
-    case: dict[str, Any] = {}
+    case: dict[str, str] = {}
     start = JITFunction.run
 
     def build(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -72,20 +99,10 @@ def main() -> None:
         rows[-1] |= usage(built.asm["cubin"])
 
     JITFunction.run = build
-    heads, grid, prefix = 6, (24, 20), 1
     for architecture in architectures:
         driver.architecture = int(architecture.removeprefix("sm_"))
-        for on, config in {
-            "none": None,
-            "bias": RPEConfig(mode="bias"),
-            "k": RPEConfig(on="k"),
-            "qk": RPEConfig(on="qk"),
-        }.items():
-            case.update(on=on, architecture=architecture)
-            irpe = None if config is None else IRPE(config, int(width), heads)
-            qkv = torch.zeros(2 * (prefix + grid[0] * grid[1]), 3, heads, int(width), dtype=torch.bfloat16)
-            parts = qkv.requires_grad_().unbind(1)
-            tiled_routed_attention(*parts, TokenLayout(2, grid, prefix), irpe, 3, 32).sum().backward()
+        for name in {"fused": fused, "tiled": tiled}[attention](int(width)):
+            case.update(case=name, architecture=architecture)
     print(json.dumps(rows))
 
 

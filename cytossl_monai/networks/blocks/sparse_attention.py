@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from cytossl_monai.networks.blocks.attention.dense import attend
 from cytossl_monai.networks.blocks.attention.flex import flex_pays, flex_routed_attention
-from cytossl_monai.networks.blocks.attention.fused import fused_attention, fused_pays
+from cytossl_monai.networks.blocks.attention.in_triton.fused import fused_attention, fused_pays
+from cytossl_monai.networks.blocks.attention.in_triton.tiled import tiled_pays, tiled_routed_attention
 from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reach, reference_attention
 from cytossl_monai.networks.blocks.attention.routed import routed_attention, tiles_pay
-from cytossl_monai.networks.blocks.attention.tiled import tiled_pays, tiled_routed_attention
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 

@@ -35,16 +35,16 @@ class Part:
 
 
 PARTS = [
-    Part("tests", "tests that need a GPU", 95),
+    Part("tests", "tests that need a GPU", 90),
     Part("attention", "attention, forward and backward", 60),
-    Part("kernels", "attention in kernels of our own", 45),
+    Part("kernels", "attention in kernels of our own", 60),
     Part("views", "views and NCP as a part of a step", 45),
-    Part("steps", "training steps of each method", 80),
+    Part("steps", "training steps of each method", 75),
     Part("reading", "slides decoded on the device", 35),
     Part("nuclei", "nuclei on the device against the CPU", 35),
     Part("embedding", "embedding against the bare forward pass", 45),
     Part("recovery", "fp16, SIGTERM, resume", 45),
-    Part("pretraining", "pretraining by gpu.yaml with online kNN", 50),
+    Part("pretraining", "pretraining by gpu.yaml with online kNN", 45),
 ]
 """In all at most 535 seconds. `pretraining --seconds 300` is the longer run, by itself."""
 

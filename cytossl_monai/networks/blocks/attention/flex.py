@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from cytossl_monai.networks.blocks.attention.in_triton.trial import has_triton, tried
 from cytossl_monai.networks.blocks.attention.routed import attend_prefix, select_salient, sequences, take_rows
-from cytossl_monai.networks.blocks.attention.triton_use import has_triton, tried
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 

@@ -18,7 +18,7 @@ __all__ = ["attend_pairs", "keys_of_a_block"]
 
 # Queries of a block, and warps, by the keys of a block: the largest that (nearly) keep all numbers in registers, by the
 # compiler's word for compute capability 8.0 and 9.0. Of the backward pass a block has 32 queries, 32 keys and 4 warps.
-_FORWARD = {16: (32, 4), 32: (32, 4), 64: (32, 4), 128: (32, 8), 256: (16, 4), 512: (16, 8)}
+FORWARD = {16: (32, 4), 32: (32, 4), 64: (32, 4), 128: (32, 8), 256: (16, 4), 512: (16, 8)}
 _BLOCK = 32
 
 
@@ -57,11 +57,11 @@ def attend_pairs(
     Returns:
         the result (B, L, h, d); log-sums and bars (B, h, L) float32; shares (B, L, h, buckets) of the values' tables.
     """
-    from cytossl_monai.networks.blocks.attention.fused_kernels import attend_rows
+    from cytossl_monai.networks.blocks.attention.in_triton.fused_kernels import attend_rows
 
     call = _Call(qkv, ids, bias, by_query, by_key, by_value, open_keys, number, num_prefix)
     out, log_sums, bars, shares = _empty_results(qkv, by_value, number)
-    rows_at_once, warps = _FORWARD[call.all_keys]
+    rows_at_once, warps = FORWARD[call.all_keys]
     with call.device():
         attend_rows[call.grid(rows_at_once)](
             *call.given(),
@@ -120,7 +120,7 @@ def _fused_backward(
     num_prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Slopes by ``qkv``, ``bias`` and the three tables; of those that are None, without elements."""
-    from cytossl_monai.networks.blocks.attention.fused_kernels import backward_cols, backward_rows
+    from cytossl_monai.networks.blocks.attention.in_triton.fused_kernels import backward_cols, backward_rows
 
     call = _Call(qkv, ids, bias, by_query, by_key, by_value, open_keys, number, num_prefix)
     slope = slope.contiguous()

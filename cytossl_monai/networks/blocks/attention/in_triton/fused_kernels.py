@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """The Triton kernels of `fused`: blocks of pairs of one image and head, whose scores never leave the processor.
 
 Imported only where they are used, since Triton is not installed everywhere. In all of them ``rows`` are queries and

@@ -7,7 +7,7 @@ the row -1. What is open, and which bucket a pair falls in, follows from where t
 
 ``place`` tells where a token lies: ``row << 16 | column`` of a patch, -1 of the first prefix token, -2 of others.
 Arguments that end in ``_ptr`` are tensors, those in capitals are built into the kernel; scores and log-sum-exps are in
-powers of two. What shapes the tensors have is told in `cytossl_monai.networks.blocks.attention.tiled_ops`.
+powers of two. What shapes the tensors have is told in `cytossl_monai.networks.blocks.attention.in_triton.tiled_ops`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cytossl_monai.networks.blocks.attention.tiled_kernels import (
+from cytossl_monai.networks.blocks.attention.in_triton.tiled_kernels import (
     NO_BUCKET,
     NUMBERS,
     TILE,

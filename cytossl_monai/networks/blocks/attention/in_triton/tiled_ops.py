@@ -122,7 +122,7 @@ def routed_tiles(
     Returns:
         output (R, h, d), and the scores' log-sum-exp (h, R) float32, in powers of two.
     """
-    from cytossl_monai.networks.blocks.attention import tiled_kernels
+    from cytossl_monai.networks.blocks.attention.in_triton import tiled_kernels
 
     rows, heads, width = query.shape
     query, key, value = _alike(query, key, value)
@@ -186,7 +186,7 @@ def routed_tiles_backward(
     Returns:
         of query, key and value (R, h, d); of ``by_query`` and ``by_key`` (h, R, buckets) float32, empty where None.
     """
-    from cytossl_monai.networks.blocks.attention import tiled_backward
+    from cytossl_monai.networks.blocks.attention.in_triton import tiled_backward
 
     rows, heads, width = query.shape
     batch, length, extras = canvas.shape[0], sequence_rows.shape[1], extra_rows.shape[1]
@@ -292,7 +292,7 @@ def class_scores(query: Tensor, key: Tensor, sequence_rows: Tensor, num_prefix: 
     Returns:
         (B, h, N) float32, -inf where there is no patch.
     """
-    from cytossl_monai.networks.blocks.attention import tiled_kernels
+    from cytossl_monai.networks.blocks.attention.in_triton import tiled_kernels
 
     heads, width = query.shape[1:]
     batch, length = sequence_rows.shape

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.networks.blocks.attention.dense import attend
-from cytossl_monai.networks.blocks.attention.fused_op import attend_pairs, keys_of_a_block
-from cytossl_monai.networks.blocks.attention.triton_use import exporting, tried, triton_asked
+from cytossl_monai.networks.blocks.attention.in_triton.fused_op import attend_pairs, keys_of_a_block
+from cytossl_monai.networks.blocks.attention.in_triton.trial import exporting, tried, triton_asked
 from cytossl_monai.networks.blocks.irpe import RPETables
 
 __all__ = ["fused_attention", "fused_pays"]

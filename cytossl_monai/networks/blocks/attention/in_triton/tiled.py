@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cytossl_monai.networks.blocks.attention.in_triton.tiled_ops import class_scores, routed_tiles
+from cytossl_monai.networks.blocks.attention.in_triton.trial import exporting, tried, triton_asked
 from cytossl_monai.networks.blocks.attention.reference import salient_positions
 from cytossl_monai.networks.blocks.attention.routed import TILE, routed_attention, select_salient, sequences
-from cytossl_monai.networks.blocks.attention.tiled_ops import class_scores, routed_tiles
-from cytossl_monai.networks.blocks.attention.triton_use import exporting, tried, triton_asked
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
 from cytossl_monai.networks.blocks.token_layout import TokenLayout
 

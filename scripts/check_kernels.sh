@@ -16,4 +16,4 @@ fi
 export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
 "$python" -c "import triton" # else the tests would skip
 mapfile -t files < <(grep -l triton_kernels tests/networks/test_*.py)
-"$python" -m pytest -q -n "$(nproc)" "${files[@]}"
+"$python" -m pytest -q -n auto --dist worksteal "${files[@]}"

@@ -64,7 +64,8 @@ def usage(binary: bytes) -> dict[str, int]:
 def fused(width: int) -> Iterator[str]:
     """Batches of numbers of tokens with blocks of their own, and each kind of encoding; names the case."""
     encodings = {"k": ("key",), "qkv": ("key", "query", "value"), "bias": ("bias",), "none": ()}
-    for length, named in [*((length - 3, "qkv") for length in fused_op.FORWARD if length >= 64), *((197, on) for on in encodings)]:
+    cases = [(length - 3, "qkv") for length in fused_op.FORWARD if length >= 64] + [(197, on) for on in encodings]
+    for length, named in cases:
         yield f"{named}, {length} tokens"
         shapes = {name: (1, 51) if name == "bias" else (1, 51, width) for name in encodings[named]}
         tables = RPETables(**{name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()})

@@ -125,7 +125,8 @@ def embed_tiles(
         for tiles in reader:
             times.waiting += time.perf_counter() - asked
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                yield inferer(tiles.to(device, non_blocking=True), encoder)
+                out = inferer(tiles.to(device, non_blocking=True), encoder)
+            yield out
             asked = time.perf_counter()
 
     features: np.ndarray | None = None

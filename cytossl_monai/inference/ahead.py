@@ -1,19 +1,16 @@
-"""Read the next items while this one is worked on; start the next work before the results of this are waited for."""
+"""Read the next items while this one is worked on."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["AheadLoader", "one_behind", "read_ahead"]
+__all__ = ["AheadLoader", "read_ahead"]
 
 _AHEAD = 3
 """Batches that the reader may be ahead of the encoder: bounds the memory whatever the slide's size."""
@@ -57,43 +54,6 @@ def read_ahead(read: Callable[[int], Any], count: int, ahead: int = _AHEAD) -> I
     finally:
         stop.set()
         thread.join()
-
-
-def one_behind(results: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """Bring results of a device to the host, each waited for after the next was asked for.
-
-    A GPU works behind the host. Whoever waits for each result at once lets it stand still while the next batch is
-    copied and its kernels are named.
-
-    Args:
-        results: floating-point tensors; that they are made starts work on the device.
-
-    Yields:
-        float32 arrays of the same shapes, in order.
-    """
-    last: _Coming | None = None
-    for result in results:
-        coming = _Coming(result)
-        if last is not None:
-            yield last.wait()
-        last = coming
-    if last is not None:
-        yield last.wait()
-
-
-class _Coming:
-    """A result on its way to the host: its copy is queued before any later work of the device."""
-
-    def __init__(self, result: Tensor) -> None:
-        self._values = result.float().to("cpu", non_blocking=True)  # from CUDA, into page-locked memory
-        self._arrived = torch.cuda.Event() if result.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(result.device))
-
-    def wait(self) -> np.ndarray:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._values.numpy()
 
 
 class AheadLoader:

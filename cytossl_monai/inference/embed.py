@@ -25,12 +25,13 @@ from cytossl_monai.data.slides.open import open_slide
 from cytossl_monai.data.slides.slide import Slide
 from cytossl_monai.data.tiles.index_file import TileIndex
 from cytossl_monai.index.fields import NucleusFields, instance_fields, nucleus_fields
-from cytossl_monai.inference.ahead import one_behind, read_ahead
+from cytossl_monai.inference.ahead import read_ahead
 from cytossl_monai.inference.instances import in_words, index_hash, sound_instances
 from cytossl_monai.inference.prepare import fitting_batch, prepare_encoder, warn_of_other_features, warn_of_tile_size
 from cytossl_monai.inference.turns import in_turn
 from cytossl_monai.networks.nets.encoder import Encoder, encoder_hash
 from cytossl_monai.networks.open import open_encoder
+from cytossl_monai.utils.device_results import one_behind
 from cytossl_monai.utils.errors import FeatureError, SlideError, TableError
 from cytossl_monai.utils.files import file_fingerprint
 from cytossl_monai.utils.parallel import default_workers
@@ -103,9 +104,8 @@ def embed_tiles(
     if not len(coords):
         raise FeatureError(f"the index of {index.slide_path} holds no tile; there is nothing to embed")
     inferer = inferer or SimpleInferer()
-    batches = -(-len(coords) // batch_size)
     times = times if times is not None else EmbedTimes()
-    begin = time.perf_counter()
+    begin, waited = time.perf_counter(), 0.0
 
     def read(i: int) -> Tensor:
         part = coords[i * batch_size : (i + 1) * batch_size]
@@ -121,9 +121,10 @@ def embed_tiles(
         return batch.pin_memory() if device.type == "cuda" and batch.device.type == "cpu" else batch
 
     def encoded(reader: Iterator[Tensor]) -> Iterator[Tensor]:
+        nonlocal waited
         asked = time.perf_counter()
         for tiles in reader:
-            times.waiting += time.perf_counter() - asked
+            waited += time.perf_counter() - asked
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
                 out = inferer(tiles.to(device, non_blocking=True), encoder)
             yield out
@@ -132,7 +133,7 @@ def embed_tiles(
     features: np.ndarray | None = None
     done = 0
     with (
-        closing(read_ahead(read, batches)) as reader,  # type: ignore[type-var]
+        closing(read_ahead(read, -(-len(coords) // batch_size))) as reader,  # type: ignore[type-var]
         tqdm(total=len(coords), desc=f"embed {index.slide_id}", unit="tile", disable=not progress) as bar,
     ):
         for values in one_behind(encoded(reader)):
@@ -141,8 +142,9 @@ def embed_tiles(
             features[done : done + len(values)] = values
             done += len(values)
             bar.update(len(values))
-    times.total += time.perf_counter() - begin
-    times.encoder = times.total - times.waiting
+    taken = time.perf_counter() - begin
+    times.total, times.waiting = times.total + taken, times.waiting + waited
+    times.encoder += taken - waited
     times.tiles += len(coords)
     if features is None or not np.isfinite(features).all():
         raise FeatureError(f"the encoder gives NaN or infinite features on {slide.path}; use another checkpoint")

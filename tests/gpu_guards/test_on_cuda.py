@@ -15,8 +15,8 @@ from small_steps import ALLOWED, METHODS, method_of, take_step, tiles, views_of
 
 from cytossl_monai.data.tiles.loader import tile_loader
 from cytossl_monai.engines import build_optimizer
-from cytossl_monai.inference.ahead import one_behind
 from cytossl_monai.transforms import BatchedNCP, ViewGenerator
+from cytossl_monai.utils.device_results import one_behind
 
 pytestmark = [
     pytest.mark.gpu,

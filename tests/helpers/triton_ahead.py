@@ -62,16 +62,19 @@ def usage(binary: bytes) -> dict[str, int]:
 
 
 def fused(width: int) -> Iterator[str]:
-    """Batches of numbers of tokens with blocks of their own, and each kind of encoding; names the case."""
-    encodings = {"k": ("key",), "qkv": ("key", "query", "value"), "bias": ("bias",), "none": ()}
-    cases = [(length - 3, "qkv") for length in fused_op.FORWARD if length >= 64] + [(197, on) for on in encodings]
-    for length, named in cases:
-        yield f"{named}, {length} tokens"
-        shapes = {name: (1, 51) if name == "bias" else (1, 51, width) for name in encodings[named]}
+    """Batches of numbers of tokens with blocks of their own, each kind of encoding, mask and choice; names the case."""
+    encodings = {"k": ("key",), "qkv": ("key", "query", "value"), "v": ("value",), "bias": ("bias",), "none": ()}
+    cases = [(length - 3, "qkv", "of all") for length in fused_op.FORWARD if length >= 64]
+    cases += [(197, on, "of all") for on in encodings if on != "qkv"] + [(197, "k", "all"), (197, "qkv", "by image")]
+    for length, on, keys in cases:
+        yield f"{on}, {length} tokens, {keys}"
+        shapes = {name: (1, 51) if name == "bias" else (1, 51, width) for name in encodings[on]}
         tables = RPETables(**{name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()})
         qkv = torch.zeros(2, length, 3, 6, width, dtype=torch.bfloat16, requires_grad=True)
         ids = torch.zeros(length, length, dtype=torch.int16) if shapes else None
-        fused_attention(qkv, ids, tables, None, (16, None), 0).sum().backward()
+        mask = torch.ones(2, 1, 1, length, dtype=torch.bool) if keys == "by image" else None
+        keep = None if keys == "all" else (16, torch.tensor([16, 9]) if keys == "by image" else None)
+        fused_attention(qkv, ids, tables, mask, keep, 0).sum().backward()
 
 
 def tiled(width: int) -> Iterator[str]:

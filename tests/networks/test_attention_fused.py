@@ -72,7 +72,7 @@ def by_reference(module: SparseAttention, x: Tensor, layout: TokenLayout) -> Ten
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rpe", "prefix"), zip(RPES + RPES[3:5], itertools.cycle((0, 1, 3))))
+@pytest.mark.parametrize(("rpe", "prefix"), zip([*RPES, RPES[3], RPES[4], {"on": "v"}], itertools.cycle((0, 1, 3))))
 @pytest.mark.parametrize("sparsity", SPARSE)
 def test_equals_reference(
     sparsity: str, rpe: object, prefix: int, masked: bool, device: torch.device, taken: list[bool]
@@ -168,18 +168,27 @@ def test_it_is_an_operator_as_pytorch_wants_one(device: torch.device) -> None:
     torch.library.opcheck(fused_op.attend_pairs, only, test_utils=checks)
 
 
-SHAPES = (None, (1, 7, 16), (1, 7, 16), (2, 7, 16))
+ON_ALL, ON_VALUES = (None, (1, 7, 16), (1, 7, 16), (2, 7, 16)), (None, None, None, (1, 51, 16))
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter has no products of bfloat16
 
 
-def test_it_is_tried_before_it_is_used(
+@pytest.mark.parametrize("best", [None, "of all", "by image"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shapes", [ON_ALL, ON_VALUES, ((2, 7), None, None, None)])
+def test_a_trial_passes(
+    shapes: tuple[Any, ...], masked: bool, best: str | None, device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where an encoder is only applied: the kernels that a layer asks for are tried forward and backward."""
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        assert fused._tried.__wrapped__(device, HALF, 61, 2, 16, shapes, masked, best)
+    assert not caplog.records
+
+
+def test_what_fails_its_trial_is_not_used(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where an encoder is only applied; a result that differs, or an error, leaves the other path."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter has no products of bfloat16
-    arguments = (device, dtype, 37, 2, 16, SHAPES)
-    with caplog.at_level(logging.WARNING), torch.inference_mode():
-        assert fused._tried.__wrapped__(*arguments)
-    assert not caplog.records
+    """A result that differs, or an error, leaves the other path."""
+    arguments = (device, HALF, 37, 2, 16, ON_ALL, False, "of all")
     right = fused_op.attend_pairs
 
     def wrong(*given: Any) -> tuple[Tensor, ...]:
@@ -196,6 +205,21 @@ def test_it_is_tried_before_it_is_used(
     monkeypatch.setattr(fused, "attend_pairs", broken)
     assert not fused._tried.__wrapped__(*arguments)
     assert "fused attention cannot be used here (no such instruction): a slower path is taken" in caplog.text
+
+
+def test_all_keys_kept_though_few_are_best_fails_the_trial(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trial would see a bar that closes nothing."""
+    right = fused_op.attend_pairs
+    monkeypatch.setattr(fused, "attend_pairs", lambda *given: right(*given[:8], 61, given[9]))
+    assert not fused._tried.__wrapped__(device, HALF, 61, 2, 16, ON_ALL, False, "of all")
+    assert "off by" in caplog.text
+
+
+def test_ids_are_as_short_as_they_may_be() -> None:
+    assert fused.short_ids(torch.tensor([[50]]), 51).dtype == torch.int16
+    assert fused.short_ids(torch.tensor([[40000]]), 40001).tolist() == [[40000]]
 
 
 def test_compiled_code_tries_it_too_and_gives_the_same(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.ncp import perturb
 from cytossl_monai.transforms.ncp.batched import BatchedNCP
 from cytossl_monai.transforms.ncp.settings import OP_NAMES, PRESETS
 
@@ -84,8 +86,12 @@ def test_empty_tiles_are_kept_perturbed_or_dropped() -> None:
     assert BatchedNCP.kept(masks).tolist() == [0, 1, 3]
 
 
+@pytest.mark.parametrize("at_a_time", [20, 3])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
-def test_writing_over_the_input_gives_the_same(dtype: torch.dtype) -> None:
+def test_writing_over_the_input_gives_the_same(
+    dtype: torch.dtype, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perturb, "chunks", lambda images: chunks(images, at_a_time * 33 * 40))
     images = torch.rand(20, 3, 33, 40)
     images = images.mul(255).to(dtype) if dtype == torch.uint8 else images.to(dtype)
     masks = torch.rand(20, 1, 33, 40) < 0.05
@@ -98,6 +104,12 @@ def test_writing_over_the_input_gives_the_same(dtype: torch.dtype) -> None:
     assert ncp(copy, masks, 0.5, seeds=seeds, out=copy) is copy
     assert torch.equal(copy, expected)
     assert not torch.equal(copy, images)
+    beside = images.clone()  # other names of the same memory
+    assert torch.equal(ncp(beside, masks, 0.5, seeds=seeds, out=beside[:]), expected)
+    beside = images.clone()
+    drawn, mpp = ncp.settings.draw(seeds), torch.full((20,), 0.5)
+    perturb.perturb(beside, masks, mpp, drawn, ncp.settings, donors=beside, donor_masks=masks, out=beside)
+    assert torch.equal(beside, expected)
 
 
 def test_an_unfit_place_to_write_to_is_refused() -> None:

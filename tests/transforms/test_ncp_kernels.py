@@ -13,8 +13,28 @@ from skimage.color import rgb_from_hed
 
 from cytossl_monai.transforms.kernels.blur import blur
 from cytossl_monai.transforms.kernels.colour import jitter_stain
+from cytossl_monai.transforms.kernels.device import made_once
 from cytossl_monai.transforms.kernels.random import draw_seeds, hash_noise, hash_uniform, mix64
 from cytossl_monai.transforms.ncp import operations as ncp
+
+
+def test_what_is_made_once_is_forgotten_in_turn_and_never_large() -> None:
+    made: list[tuple[object, ...]] = []
+
+    @made_once
+    def make(*args: int) -> torch.Tensor:
+        made.append(args)
+        return torch.zeros(args[0], dtype=torch.uint8)
+
+    with torch.inference_mode():
+        assert make(5) is make(5)
+        assert not make(5).is_inference()
+    for number in range(9):
+        make(6, number)
+    make(5)  # eight others came after it
+    assert made == [(5,), *((6, number) for number in range(9)), (5,)]
+    large = 4 * 2**20 + 1
+    assert make(large) is not make(large)
 
 
 def test_mix64_is_splitmix64() -> None:

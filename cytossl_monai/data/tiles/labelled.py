@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cytossl_monai.data.tiles.images import ImageFolder, ImageRecord, image_size, list_images
 from cytossl_monai.metrics.probe import group_folds
+from cytossl_monai.utils.device_results import one_behind
 from cytossl_monai.utils.errors import TableError
 
 __all__ = ["LabelledImages", "embed_images", "training_mpp"]
@@ -31,14 +32,16 @@ def embed_images(encoder: nn.Module, dataset: Any, device: torch.device, batch_s
     """
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
-    features = []
-    for start in range(0, len(dataset), batch_size):
-        items = dataset.__getitems__(list(range(start, min(start + batch_size, len(dataset)))))
-        images = torch.stack([item["image"] for item in items]).to(device)
-        features.append(encoder(images).float())
+
+    def encoded() -> Iterator[Tensor]:
+        for start in range(0, len(dataset), batch_size):
+            items = dataset.__getitems__(list(range(start, min(start + batch_size, len(dataset)))))
+            yield encoder(torch.stack([item["image"] for item in items]).to(device))
+
+    features = [torch.from_numpy(part) for part in one_behind(encoded())]
     for module, training in modes.items():
         module.training = training
-    return torch.cat(features).cpu()  # a GPU is waited for once, not after each batch
+    return torch.cat(features)
 
 
 class LabelledImages:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cytossl_monai.data.tiles.labelled import LabelledImages
 from cytossl_monai.metrics.probe import FoldFigure, ProbeResult, fold_figure, knn_probe, linear_probe, paired_difference
+from cytossl_monai.utils.device_results import one_behind
 
 __all__ = [
     "FIGURES",
@@ -71,8 +72,7 @@ def labelled_task(
 def encode(encoder: nn.Module, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 64) -> np.ndarray:
     """(N, D) float32 features of (N, 3, H, W) uint8 images; leaves the encoder in evaluation mode, on the device."""
     encoder.to(device).eval()
-    parts = [encoder(part.to(device)).float() for part in images.split(batch_size)]
-    return torch.cat(parts).cpu().numpy()  # a GPU is waited for once, not after each batch
+    return np.concatenate(list(one_behind(encoder(part.to(device)) for part in images.split(batch_size))))
 
 
 def probe(features: np.ndarray, task: LabelledImages) -> dict[str, ProbeResult]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cytossl_monai.networks.blocks.attention.dense import attend
 from cytossl_monai.networks.blocks.attention.flex import flex_pays, flex_routed_attention
-from cytossl_monai.networks.blocks.attention.in_triton.fused import fused_attention, fused_pays
+from cytossl_monai.networks.blocks.attention.in_triton.fused import fused_attention, fused_pays, short_ids
 from cytossl_monai.networks.blocks.attention.in_triton.tiled import tiled_pays, tiled_routed_attention
 from cytossl_monai.networks.blocks.attention.reference import attention_mask, num_kept, reach, reference_attention
 from cytossl_monai.networks.blocks.attention.routed import routed_attention, tiles_pay
@@ -169,8 +169,8 @@ class SparseAttention(nn.Module):
         exempt = 0 if self.sparse_prefix else layout.num_prefix
         if fused_pays(qkv, tables, mask, keep, self._dropout()):
             if ids is not None and self.irpe is not None:
-                pairs = ids
-                ids = layout.remember(("short pair ids", self.irpe.config), lambda: pairs.to(torch.int16))
+                pairs, buckets = ids, self.irpe.num_buckets
+                ids = layout.remember(("short pair ids", self.irpe.config), lambda: short_ids(pairs, buckets))
             return fused_attention(qkv, ids, tables, mask, keep, exempt)
         out, _ = attend(query, key, value, ids, tables, mask, keep, exempt, self._dropout())
         out = out.transpose(1, 2)

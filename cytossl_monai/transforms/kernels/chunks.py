@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cytossl_monai.transforms.kernels.device import to_device
 
-__all__ = ["change_some_", "chunks", "per_sample"]
+__all__ = ["change_some_", "chunks", "per_sample", "share_memory"]
 
 # A CPU is fast as long as its caches hold what it works on. Whole batches run from main memory, and every step pays for
 # fresh pages of the system; of very few pixels at a time, calling PyTorch costs more than what it does.
@@ -52,3 +52,8 @@ def change_some_(images: Tensor, rows: slice, hit: Tensor, change: Callable[[Ten
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1), float32 on the device of ``like``."""
     return to_device(values.to(torch.float32), like.device).view(-1, 1, 1, 1)
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether writing to one may change the other: what is read of it chunk by chunk must then be copied first."""
+    return one is other or one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -18,18 +18,30 @@ __all__ = ["grouped_sum", "grouped_sums", "made_once", "to_device"]
 
 Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 
+_KEPT = 8
+_LARGEST = 4 * 2**20  # bytes; of tiles of 224 px the largest are 2 MB
+
 
 def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
     """Remember tensors that follow from sizes and a device alone: nobody may write to them.
 
-    What a GPU would do in no time the host has to name again for every batch. The last few sizes are remembered.
+    What a GPU would do in no time the host has to name again for every batch. The last few are remembered, but none
+    that is large: those of a few whole images would fill the memory, and take longer to make than to name.
     """
+    kept: dict[tuple[object, ...], Made] = {}
 
-    @functools.lru_cache(maxsize=8)
     @functools.wraps(make)
     def once(*args: object) -> Made:
-        with torch.inference_mode(False):  # made for good: the next one who uses them may want gradients
-            return make(*args)
+        made = kept.get(args)
+        if made is None:
+            with torch.inference_mode(False):  # made for good: the next one who uses them may want gradients
+                made = make(*args)
+            parts = made if isinstance(made, tuple) else (made,)
+            if sum(part.nbytes for part in parts) <= _LARGEST:
+                kept[args] = made
+            for oldest in list(kept)[:-_KEPT]:
+                kept.pop(oldest, None)
+        return made
 
     return once
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cytossl_monai.transforms.kernels.blur import blur
 from cytossl_monai.transforms.kernels.checks import real_pixels
-from cytossl_monai.transforms.kernels.chunks import chunks
+from cytossl_monai.transforms.kernels.chunks import chunks, share_memory
 from cytossl_monai.transforms.kernels.colour import jitter_stain
 from cytossl_monai.transforms.kernels.device import to_device
 from cytossl_monai.transforms.ncp import operations as ncp
@@ -72,7 +72,6 @@ def perturb(
         out = torch.empty_like(images, memory_format=torch.contiguous_format)
     in_place, result = out is images, out
     # A MetaTensor takes its metadata through every operation, which costs more than most of them.
-    own_donors = donors is None
     if donors is None:
         donors, donor_masks = images, masks
     images, donors, out = (x.as_subclass(Tensor) for x in (images, donors, out))
@@ -91,7 +90,7 @@ def perturb(
         elif masks is not None:
             active &= masks.flatten(1).any(1).cpu()
     parts = list(chunks(images))
-    if in_place and own_donors and len(parts) > 1 and draw.acts("swap"):
+    if len(parts) > 1 and draw.acts("swap") and share_memory(out, donors):
         donors = donors.clone()  # or later parts would take what earlier ones have made
     for part in parts:
         rows = active[part].nonzero().squeeze(1) + part.start

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from cytossl_monai.networks.blocks.attention.dense import attend
 from cytossl_monai.networks.blocks.attention.in_triton.fused_op import attend_pairs, keys_of_a_block
-from cytossl_monai.networks.blocks.attention.in_triton.trial import exporting, tried, triton_asked
+from cytossl_monai.networks.blocks.attention.in_triton.trial import constant_in_graphs, exporting, tried, triton_asked
 from cytossl_monai.networks.blocks.irpe import RPETables
 
-__all__ = ["fused_attention", "fused_pays"]
+__all__ = ["fused_attention", "fused_pays", "short_ids"]
 
 LONGEST = 512  # tokens whose scores a block of 16 queries can hold
 
@@ -57,8 +57,10 @@ def fused_pays(
     if length > LONGEST or width not in (16, 32, 64, 128) or (mask is not None and mask.shape[1:3] != (1, 1)):
         return False
     shapes = tuple(None if table is None else tuple(table.shape) for table in _parts(tables))
+    best = None if keep is None else "by image" if keep[1] is not None else "of all"
     # Images of a packed batch have many lengths, but blocks of keys few.
-    return _right(qkv.device, _dtype(qkv), keys_of_a_block(length) - 3, heads, width, shapes)
+    length = keys_of_a_block(length) - 3
+    return _right(qkv.device, _dtype(qkv), length, heads, width, shapes, mask is not None, best)
 
 
 def _parts(tables: RPETables | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -71,7 +73,7 @@ def _dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-@torch.compiler.assume_constant_result  # `torch.compile` runs it once, as it is, and does not look into it
+@constant_in_graphs
 def _right(*asked: Any) -> bool:
     return _tried(*asked)
 
@@ -84,27 +86,48 @@ def _tried(
     heads: int,
     width: int,
     shapes: tuple[tuple[int, ...] | None, ...],
+    masked: bool,
+    best: str | None,
 ) -> bool:
-    """Whether the kernels are built here and give what the other path gives, for two images and a few best keys."""
+    """Whether the kernels are built here and give what the other path gives, for two images.
+
+    The same kernels as of the layer that asks: the shapes of tables (bias, on keys, on queries, on values), whether
+    keys are masked, and how many are kept (``of all`` alike, ``by image``, or None: all) are built into them.
+    """
 
     def attempt() -> list[tuple[Tensor, Tensor]]:
         drawn = torch.Generator().manual_seed(0)
-        qkv = torch.randn(2, length, 3, heads, width, generator=drawn).to(device, dtype).requires_grad_()
+        qkv = torch.randn(2, length, 3, heads, width, generator=drawn)
+        qkv[:, :, 0] *= 3.0  # scores lie far apart: which are the best does not hang on their last digit
+        qkv = qkv.to(device, dtype).requires_grad_()
         parts = [None if s is None else (0.3 * torch.randn(s, generator=drawn)).to(device) for s in shapes]
         tables = RPETables(*(None if part is None else part.requires_grad_() for part in parts))
         buckets = next((s[1] for s in shapes if s is not None), 1)
-        ids = torch.randint(buckets, (length, length), generator=drawn).to(device)
+        ids = torch.randint(buckets, (length, length), generator=drawn, dtype=_smallest(buckets)).to(device)
+        mask = (torch.rand(2, 1, 1, length, generator=drawn) > 0.2).to(device) if masked else None
+        number = max(1, length // 3)
+        numbers = torch.tensor([number, number // 2 + 1], device=device).view(2, 1, 1, 1)
+        keep = None if best is None else (number, numbers if best == "by image" else None)
         slope = torch.randn(2, length, heads * width, generator=drawn).to(device, dtype)
         inputs = [qkv, *(part for part in _parts(tables) if part is not None)]
-        # All keys: which are the best of nearly equal ones may differ, and rightly. The other path in float32, for in
-        # 16 bits its own sums are the less exact.
-        got = fused_attention(qkv, ids, tables, None, (length, None), 0)
+        # The other path in float32, for in 16 bits its own sums are the less exact.
+        got = fused_attention(qkv, ids, tables, mask, keep, 1)
         query, key, value = qkv.float().permute(2, 0, 3, 1, 4)
-        wanted = attend(query, key, value, ids, tables, None, (length, None))[0].transpose(1, 2).flatten(2)
+        wanted = attend(query, key, value, ids.long(), tables, mask, keep, 1)[0].transpose(1, 2).flatten(2)
         gradients = [torch.autograd.grad(out, inputs, slope.to(out.dtype)) for out in (got, wanted)]
         return [(got, wanted), *zip(*gradients, strict=True)]
 
     return tried("fused attention", device, attempt, logger)
+
+
+def _smallest(buckets: int) -> torch.dtype:
+    """In what integers the buckets of pairs are read fastest."""
+    return torch.int16 if buckets < 2**15 else torch.int32
+
+
+def short_ids(ids: Tensor, buckets: int) -> Tensor:
+    """Buckets of pairs as the kernels read them fastest."""
+    return ids.to(_smallest(buckets))
 
 
 def fused_attention(

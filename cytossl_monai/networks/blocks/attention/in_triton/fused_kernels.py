@@ -17,6 +17,8 @@ __all__ = ["attend_rows", "backward_cols", "backward_rows"]
 # The order of float numbers as the order of integers: -inf, and below every number.
 _ORDER_OF_MINUS_INF = tl.constexpr(-2139095041)
 _LOWEST = tl.constexpr(-2147483648)
+# Numbers that differ from batch to batch: no kernel of its own is to be built for each.
+_OF_BATCHES = ["length", "ids_of_image", "number", "prefix"]
 
 
 @triton.jit
@@ -69,7 +71,7 @@ def _tokens(base, tokens, stride, width, length):
 @triton.jit
 def _pairs(
     query, key, rows, cols, ids, by_query, by_key, open_keys, stride_by, scale, length,
-    ON_QUERIES: tl.constexpr, ON_KEYS: tl.constexpr, MASKED: tl.constexpr,
+    ON_QUERIES: tl.constexpr, ON_KEYS: tl.constexpr, ON_VALUES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Scores of pairs, -inf where a key is closed; whether it is open; and buckets."""
     is_open = (rows[:, None] < length) & (cols[None, :] < length)
@@ -77,7 +79,7 @@ def _pairs(
         is_open = is_open & (tl.load(open_keys + cols, mask=cols < length, other=0) != 0)[None, :]
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     bucket = tl.zeros(scores.shape, tl.int32)
-    if ON_QUERIES or ON_KEYS:
+    if ON_QUERIES or ON_KEYS or ON_VALUES:
         bucket = tl.load(ids + rows[:, None] * length + cols[None, :], mask=is_open, other=0).to(tl.int32)
     if ON_QUERIES:
         scores += tl.load(by_query + rows[:, None] * stride_by + bucket, mask=is_open, other=0.0).to(tl.float32)
@@ -86,7 +88,7 @@ def _pairs(
     return tl.where(is_open, scores, float("-inf")), is_open, bucket
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_BATCHES)
 def attend_rows(
     qkv, ids, by_query, by_key, open_keys, numbers, out, shares, log_sums, bars,
     length, heads, buckets, ids_of_image, number, prefix, scale,
@@ -107,7 +109,7 @@ def attend_rows(
     key = _tokens(qkv + first + heads * D, cols, stride, width, length)
     scores, is_open, bucket = _pairs(
         query, key, rows, cols, ids + image * ids_of_image, by_query + first_by, by_key,
-        open_keys + image * length, stride_by, scale, length, ON_QUERIES, ON_KEYS, MASKED,
+        open_keys + image * length, stride_by, scale, length, ON_QUERIES, ON_KEYS, ON_VALUES, MASKED,
     )  # fmt: skip
     row_places = (image * heads + head) * length + rows
     if BEST:
@@ -139,8 +141,9 @@ def _weights_and_slopes(
 ):  # fmt: skip
     """Attention of pairs, computed again, and the loss's slope by their scores."""
     scores, is_open, bucket = _pairs(
-        query, key, rows, cols, ids, by_query, by_key, open_keys, stride_by, scale, length, ON_QUERIES, ON_KEYS, MASKED
-    )
+        query, key, rows, cols, ids, by_query, by_key, open_keys, stride_by, scale, length,
+        ON_QUERIES, ON_KEYS, ON_VALUES, MASKED,
+    )  # fmt: skip
     if BEST:
         bar = tl.load(bars + rows, mask=rows < length, other=0.0)
         is_open = is_open & ((scores >= bar[:, None]) | (rows < prefix)[:, None] | (cols < prefix)[None, :])
@@ -153,7 +156,7 @@ def _weights_and_slopes(
     return weights, weights * (by_weights - delta[:, None]), is_open, bucket
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_BATCHES)
 def backward_rows(
     qkv, ids, by_query, by_key, by_value, open_keys, slopes, log_sums, deltas, bars, d_qkv, d_by_query,
     length, heads, buckets, ids_of_image, prefix, scale,
@@ -191,7 +194,7 @@ def backward_rows(
     tl.store(places, (total * scale).to(d_qkv.dtype.element_ty), mask=rows[:, None] < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_BATCHES)
 def backward_cols(
     qkv, ids, by_query, by_key, by_value, open_keys, slopes, log_sums, deltas, bars, d_qkv, d_by_key,
     length, heads, buckets, ids_of_image, prefix, scale,

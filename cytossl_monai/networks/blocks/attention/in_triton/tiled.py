@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cytossl_monai.networks.blocks.attention.in_triton.tiled_ops import class_scores, routed_tiles
-from cytossl_monai.networks.blocks.attention.in_triton.trial import exporting, tried, triton_asked
+from cytossl_monai.networks.blocks.attention.in_triton.trial import constant_in_graphs, exporting, tried, triton_asked
 from cytossl_monai.networks.blocks.attention.reference import salient_positions
 from cytossl_monai.networks.blocks.attention.routed import TILE, routed_attention, select_salient, sequences
 from cytossl_monai.networks.blocks.irpe import IRPE, RPEConfig, RPETables
@@ -196,7 +196,7 @@ def tiled_pays(query: Tensor, irpe: IRPE | None, window: int, dropout: float) ->
     return irpe.value_table is None and _right(query.device, query.dtype, heads, width, window, *encoding)
 
 
-@torch.compiler.assume_constant_result  # `torch.compile` runs it once, as it is, and does not look into it
+@constant_in_graphs
 def _right(*asked: Any) -> bool:
     return _tried(*asked)
 

@@ -209,10 +209,10 @@ def backward_extras(
 ):  # fmt: skip
     """Gradients of ``EXTRAS`` keys that a whole image sees, from one part of its queries.
 
-    Program (part * heads + head, block of keys, image). Sums go to (images, parts, extras, heads, WIDTH) in float32.
+    Program (image, block of keys, part * heads + head). Sums go to (images, parts, extras, heads, WIDTH) in float32.
     """
-    part, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    image = tl.program_id(2)
+    part, head = tl.program_id(2) // heads, tl.program_id(2) % heads
+    image = tl.program_id(0)
     number = tl.program_id(1) * EXTRAS + tl.arange(0, EXTRAS)
     k_row = listed_rows(extra_ptr + image * extras, number, 0, extras)
     k_place = places(place_ptr, k_row)
@@ -266,9 +266,9 @@ def add_parts(
 ):  # fmt: skip
     """Add what `backward_extras` summed to the keys' rows: those of prefix tokens begin here, the others had a start.
 
-    Program (head, block of keys, image); a row is among an image's keys once.
+    Program (image, block of keys, head); a row is among an image's keys once.
     """
-    head, image = tl.program_id(0), tl.program_id(2)
+    image, head = tl.program_id(0), tl.program_id(2)
     number = tl.program_id(1) * EXTRAS + tl.arange(0, EXTRAS)
     row = listed_rows(extra_ptr + image * extras, number, 0, extras)
     started = tl.where(number >= prefix, row, -1)

@@ -239,16 +239,16 @@ def class_scores(
 ):  # fmt: skip
     """Content scores of an image's patches with its class token, into (images, heads, patches): `salience` in float32.
 
-    Program (chunk, image * heads + head). Patches that take no part get -inf.
+    Program (image * heads + head, chunk). Patches that take no part get -inf.
     """
-    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     sequence_ptr += image * length
-    number = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    number = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     k_row = listed_rows(sequence_ptr + prefix, number, 0, length - prefix)
     key = vectors(k_ptr, k_row, head, stride_row, stride_head, WIDTH).to(tl.float32)
     at = tl.load(sequence_ptr).to(tl.int64) * stride_row + head * stride_head + tl.arange(0, WIDTH)
     # Scaled and rounded as the plain definition does it, so that both choose the same patches.
     query = (tl.load(q_ptr + at).to(tl.float32) * scale).to(q_ptr.dtype.element_ty).to(tl.float32)
     score = tl.where(k_row >= 0, tl.sum(key * query[None, :], 1), float("-inf"))
-    at = tl.program_id(1).to(tl.int64) * (length - prefix) + number
+    at = tl.program_id(0).to(tl.int64) * (length - prefix) + number
     tl.store(score_ptr + at, score, mask=number < length - prefix)

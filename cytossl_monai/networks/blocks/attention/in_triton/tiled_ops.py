@@ -231,18 +231,18 @@ def routed_tiles_backward(
         )  # fmt: skip
         if extras:
             blocks, chunk = -(-extras // _EXTRAS), LAUNCHES["backward_extras"].chunk
-            count = max(1, min(-(-length // chunk), _PROGRAMS // (batch * heads * blocks)))
+            count = max(1, min(-(-length // chunk), _PROGRAMS // max(1, batch * heads * blocks)))
             parts = query.new_empty((2, batch, count, extras, heads, width), dtype=torch.float32)
             _run(
                 tiled_backward.backward_extras,
-                (count * heads, blocks, batch),
+                (batch, blocks, count * heads),  # CUDA's axes but the first end at 65,535
                 *tensors, extra_rows, sequence_rows, place, table, lse, of_out, delta, *parts, of_products[1],
                 *numbers, length, extras, count, *last,
                 WINDOW=window, EXTRAS=_EXTRAS, **flags,
             )  # fmt: skip
             _run(
                 tiled_backward.add_parts,
-                (heads, blocks, batch),
+                (batch, blocks, heads),
                 extra_rows, *parts, of_key, of_value, heads, extras, num_prefix, count,
                 WIDTH=width, EXTRAS=_EXTRAS,
             )  # fmt: skip
@@ -299,7 +299,7 @@ def class_scores(query: Tensor, key: Tensor, sequence_rows: Tensor, num_prefix: 
     query, key = _alike(query, key)
     score = query.new_empty((batch, heads, length - num_prefix), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        tiled_kernels.class_scores[(-(-(length - num_prefix) // 64), batch * heads)](
+        tiled_kernels.class_scores[(batch * heads, -(-(length - num_prefix) // 64))](
             query, key, sequence_rows, score, *query.stride()[:2], heads, length, num_prefix, width**-0.5,
             WIDTH=width, CHUNK=64, num_warps=4,
         )  # fmt: skip

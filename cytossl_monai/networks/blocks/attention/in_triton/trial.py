@@ -7,13 +7,16 @@ import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cytossl_monai.utils.errors import first_line
 
-__all__ = ["exporting", "has_triton", "tried", "triton_asked"]
+__all__ = ["constant_in_graphs", "exporting", "has_triton", "tried", "triton_asked"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 TOLERANCE = 0.03  # bfloat16 has 8 bits, and sums of many numbers lose some
 
@@ -33,6 +36,15 @@ def triton_asked(tensor: Tensor) -> bool:
 def has_triton(device: int | None) -> bool:
     """Whether Triton is installed and the GPU new enough for it (compute capability 8.0)."""
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let ``torch.compile`` run a function once, as it is, and not look into it.
+
+    What `torch.compiler.assume_constant_result` does, without its import of the compiler: a second of every start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def exporting() -> bool:

@@ -25,17 +25,22 @@ from cytossl_monai.networks.blocks import sparse_attention
 SWITCH = "CYTOSSL_TRITON_ATTENTION"
 
 
+def watched(decision: str) -> list[bool]:
+    """What a decision of `sparse_attention` says from now on, call by call."""
+    pays, said = getattr(sparse_attention, decision), []
+
+    def pays_and_says(*given: object) -> bool:
+        said.append(pays(*given))
+        return bool(said[-1])
+
+    setattr(sparse_attention, decision, pays_and_says)
+    return said
+
+
 def attention(device: torch.device, dry: bool, ways: dict[str, str]) -> None:
     """Forward and backward of one layer, bf16, by each way in turn."""
-    module, taken = bench(), {"fused": False}
+    module, taken = bench(), watched("fused_pays")
     published = "ours: topk 16 + iRPE qkv (published)"
-    pays = sparse_attention.fused_pays
-
-    def watched(*given: object) -> bool:
-        taken["fused"] = pays(*given)  # type: ignore[arg-type]
-        return taken["fused"]
-
-    sparse_attention.fused_pays = watched
     dtype = torch.float32 if dry else torch.bfloat16
     for tokens in (16,) if dry else (196, 36):
         batch = max(1, (64 if dry else 32768) // tokens)
@@ -46,7 +51,7 @@ def attention(device: torch.device, dry: bool, ways: dict[str, str]) -> None:
             os.environ[SWITCH] = switch
             times[way] = seconds_of(lambda: module._step(layer, x), device, 1 if dry else 20)  # noqa: B023
             if way != "operations":
-                figure(f"published attention: the kernels are taken at {tokens} tokens", taken["fused"])
+                figure(f"published attention: the kernels are taken at {tokens} tokens", taken[-1])
             figure(f"published attention by {way}, {tokens} tokens, ms for {batch} images", 1e3 * times[way])
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -61,14 +66,7 @@ def attention(device: torch.device, dry: bool, ways: dict[str, str]) -> None:
 
 def routed(device: torch.device, dry: bool, ways: dict[str, str]) -> None:
     """Routed attention, forward and backward of one layer, bf16; FlexAttention is timed by the part `attention`."""
-    module, taken = bench(), {"tiled": False}
-    pays = sparse_attention.tiled_pays
-
-    def watched(*given: object) -> bool:
-        taken["tiled"] = pays(*given)  # type: ignore[arg-type]
-        return taken["tiled"]
-
-    sparse_attention.tiled_pays = watched
+    module, taken = bench(), watched("tiled_pays")
     dtype, repeats = (torch.float32, 1) if dry else (torch.bfloat16, 20)
     tokens = 64 if dry else 4096
     batch = 1 if dry else 32768 // tokens
@@ -84,7 +82,7 @@ def routed(device: torch.device, dry: bool, ways: dict[str, str]) -> None:
     for case in ("ours: routed + iRPE", "ours: routed, no iRPE"):
         milliseconds = timed(case)
         if way != "operations":
-            figure(f"{case}: the kernels are taken at {tokens} tokens", taken["tiled"])
+            figure(f"{case}: the kernels are taken at {tokens} tokens", taken[-1])
         figure(f"{case} by {way}, {tokens} tokens, ms for {batch} images", milliseconds)
         figure(f"{case} by {way} / dense SDPA without iRPE at {tokens} tokens (goal: below 1)", milliseconds / dense)
 

@@ -27,7 +27,8 @@ SWITCH = "CYTOSSL_TRITON_ATTENTION"
 
 def watched(decision: str) -> list[bool]:
     """What a decision of `sparse_attention` says from now on, call by call."""
-    pays, said = getattr(sparse_attention, decision), []
+    pays = getattr(sparse_attention, decision)
+    said: list[bool] = []
 
     def pays_and_says(*given: object) -> bool:
         said.append(pays(*given))

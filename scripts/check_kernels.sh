@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-${CYTOSSL_VENV:-.venv}/bin/python}
-folder=${1:-.triton}
+folder=$(realpath -m -- "${1:-.triton}")
 
 if [ ! -d "$folder/triton" ]; then
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" -r requirements-triton.txt

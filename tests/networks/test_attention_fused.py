@@ -174,7 +174,7 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the int
 
 @pytest.mark.parametrize("best", [None, "of all", "by image"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shapes", [ON_ALL, ON_VALUES, ((2, 7), None, None, None)])
+@pytest.mark.parametrize("shapes", [ON_ALL, ON_VALUES, ((2, 7), None, None, None), (None,) * 4])
 def test_a_trial_passes(
     shapes: tuple[Any, ...], masked: bool, best: str | None, device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -102,8 +102,9 @@ def _tried(
         qkv = qkv.to(device, dtype).requires_grad_()
         parts = [None if s is None else (0.3 * torch.randn(s, generator=drawn)).to(device) for s in shapes]
         tables = RPETables(*(None if part is None else part.requires_grad_() for part in parts))
-        buckets = next((s[1] for s in shapes if s is not None), 1)
-        ids = torch.randint(buckets, (length, length), generator=drawn, dtype=_smallest(buckets)).to(device)
+        buckets = next((s[1] for s in shapes if s is not None), 0)
+        pairs = torch.randint(buckets, (length, length), generator=drawn).to(device) if buckets else None
+        ids = None if pairs is None else short_ids(pairs, buckets)
         mask = (torch.rand(2, 1, 1, length, generator=drawn) > 0.2).to(device) if masked else None
         number = max(1, length // 3)
         numbers = torch.tensor([number, number // 2 + 1], device=device).view(2, 1, 1, 1)
@@ -113,21 +114,16 @@ def _tried(
         # The other path in float32, for in 16 bits its own sums are the less exact.
         got = fused_attention(qkv, ids, tables, mask, keep, 1)
         query, key, value = qkv.float().permute(2, 0, 3, 1, 4)
-        wanted = attend(query, key, value, ids.long(), tables, mask, keep, 1)[0].transpose(1, 2).flatten(2)
+        wanted = attend(query, key, value, pairs, tables, mask, keep, 1)[0].transpose(1, 2).flatten(2)
         gradients = [torch.autograd.grad(out, inputs, slope.to(out.dtype)) for out in (got, wanted)]
         return [(got, wanted), *zip(*gradients, strict=True)]
 
     return tried("fused attention", device, attempt, logger)
 
 
-def _smallest(buckets: int) -> torch.dtype:
-    """In what integers the buckets of pairs are read fastest."""
-    return torch.int16 if buckets < 2**15 else torch.int32
-
-
 def short_ids(ids: Tensor, buckets: int) -> Tensor:
-    """Buckets of pairs as the kernels read them fastest."""
-    return ids.to(_smallest(buckets))
+    """Buckets of pairs in the integers that the kernels read fastest."""
+    return ids.to(torch.int16 if buckets < 2**15 else torch.int32)
 
 
 def fused_attention(
